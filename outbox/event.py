@@ -1,0 +1,351 @@
+"""What an event is: classes marked with `@event`, checked and encoded once, when they are recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from typing import Any, NamedTuple, TypeVar
+from uuid import UUID, uuid4
+
+from outbox.errors import InvalidEvent
+from outbox.lanes import STREAM_NAME
+from outbox.priority import check_priority, current_priority
+
+C = TypeVar("C", bound=type)
+
+MAX_DEPTH = 64
+MAX_BYTES = 256 * 1024
+MAX_NAME = 255  # characters of a type or a header's name
+MAX_KEY = 1024  # characters of a key
+
+# Fields of a stream entry that the relay writes itself (CloudEvents 1.0 attributes, and ours).
+ENVELOPE = frozenset(
+    "specversion id source type subject time datacontenttype dataschema priority data "
+    "correlationid causationid".split()
+)
+HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_HEADERS = 64
+
+
+class Recorded(NamedTuple):
+    """One event as the outbox stores it; the fields are columns of the table `outbox`."""
+
+    event_id: UUID
+    stream: str
+    type: str
+    key: str | None
+    priority: int
+    available_at: datetime | None
+    payload: str  # JSON, the very text that becomes `data` in the stream
+    headers: str | None  # a JSON object of strings
+
+
+class Waiting(NamedTuple):
+    """One event as the relay finds it in the outbox; times and JSON are text, as PostgreSQL wrote them."""
+
+    id: int
+    event_id: str
+    stream: str
+    type: str
+    key: str | None
+    priority: int
+    created_at: str  # ISO 8601 in UTC, "2026-01-31 12:00:00.123456+00"
+    payload: str
+    headers: str | None
+    attempts: int
+    last_error: str | None
+
+
+class EventType(NamedTuple):
+    """What `@event` says of a class."""
+
+    stream: str
+    type: str
+    key: str | None  # name of the field that holds the key
+    max_bytes: int
+    max_depth: int
+
+
+_registered: dict[type, EventType] = {}
+
+
+def event(
+    *,
+    stream: str,
+    key: str | None = None,
+    type: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+) -> Callable[[C], C]:
+    """Mark a class as an event of `stream`, so that `publish` and `record` take its instances.
+
+    The class is a dataclass, a pydantic model, a msgspec Struct or an attrs class. `key` names the field
+    whose value orders the events (events of one key keep their order), `type` defaults to the name of
+    the class. `max_bytes` bounds the encoded payload, `max_depth` its nesting.
+
+    Raises InvalidEvent when the stream's name is malformed, the class is of another kind, or has no such
+    field.
+    """
+    check_stream(stream)
+
+    def register(cls: C) -> C:
+        name = check_text("type", type or cls.__name__, MAX_NAME)
+        fields = _field_names(cls)
+        if key is not None and key not in fields:
+            raise InvalidEvent(f"key: {cls.__name__} has no field {key!r}{_near(key, fields)}")
+        _registered[cls] = EventType(stream, name, key, max_bytes, max_depth)
+        return cls
+
+    return register
+
+
+def encode(
+    event: object,
+    *,
+    priority: int | None = None,
+    headers: Mapping[str, str] | None = None,
+    available_at: datetime | None = None,
+    event_id: UUID | str | None = None,
+    type: str | None = None,
+    stream: str | None = None,
+    key: object = None,
+) -> Recorded:
+    """Check an event and everything said of it, and encode it; the scope's priority is read here.
+
+    Raises InvalidEvent, which names the field, for whatever PostgreSQL, JSON or Redis could not hold.
+    """
+    kind = _kind_of(event, stream, type)
+    payload = _payload(event, kind)
+    if key is None and kind.key is not None:
+        key = payload.get(kind.key) if isinstance(event, Mapping) else getattr(event, kind.key)
+    return Recorded(
+        event_id=_check_id(event_id),
+        stream=kind.stream,
+        type=kind.type,
+        key=None if key is None else check_text("key", _key_text(key), MAX_KEY),
+        priority=current_priority() if priority is None else check_priority(priority),
+        available_at=_check_moment(available_at),
+        payload=_to_json(payload, kind.type, kind.max_bytes, kind.max_depth),
+        headers=_encode_headers(headers) if headers else None,
+    )
+
+
+def check_stream(name: object) -> str:
+    """Return the stream's name, or raise InvalidEvent when it is empty or malformed."""
+    if not isinstance(name, str) or not STREAM_NAME.fullmatch(name):
+        raise InvalidEvent(
+            f"stream: {name!r} is no name of a stream: 1 to 200 letters, digits or any of _ . : / {{ }} -"
+        )
+    return name
+
+
+def check_text(field: str, value: object, longest: int) -> str:
+    """Return a text that PostgreSQL can hold, or raise InvalidEvent that names the field."""
+    if not isinstance(value, str):
+        raise InvalidEvent(f"{field}: a string is needed, not {value!r}")
+    if not 0 < len(value) <= longest:
+        raise InvalidEvent(f"{field}: 1 to {longest} characters are needed, not {len(value)}")
+    if fault := _text_fault(value):
+        raise InvalidEvent(f"{field}: {fault}")
+    return value
+
+
+def _kind_of(event: object, stream: str | None, type: str | None) -> EventType:
+    """Return the kind of an event: as registered, with what the call says put over it."""
+    if isinstance(event, dict):
+        if stream is None or type is None:
+            missing = "stream" if stream is None else "type"
+            raise InvalidEvent(f"{missing}: a dict needs a type and a stream: publish(..., {missing}=...)")
+        kind = EventType(stream, type, None, MAX_BYTES, MAX_DEPTH)
+    else:
+        cls = event.__class__
+        if cls not in _registered:
+            raise InvalidEvent(f"event: {cls.__name__} is no event; mark the class with @event(stream=...)")
+        kind = _registered[cls]
+        kind = kind._replace(stream=stream or kind.stream, type=type or kind.type)
+    check_stream(kind.stream)
+    check_text("type", kind.type, MAX_NAME)
+    return kind
+
+
+def _field_names(cls: type) -> list[str]:
+    for attribute in ("__dataclass_fields__", "model_fields", "__struct_fields__"):
+        if hasattr(cls, attribute):
+            return list(getattr(cls, attribute))
+    if hasattr(cls, "__attrs_attrs__"):
+        return [field.name for field in cls.__attrs_attrs__]
+    raise InvalidEvent(
+        f"event: {cls.__name__} is no dataclass, pydantic model, msgspec Struct or attrs class"
+    )
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _payload(event: object, kind: EventType) -> dict[str, Any]:
+    """Return the event's fields; what stands deeper is converted as it is encoded."""
+    try:
+        return _fields(event)
+    except InvalidEvent:
+        raise
+    except Exception as error:  # a model's own serializers may raise anything
+        raise InvalidEvent(f"{kind.type}: {error}") from error
+
+
+def _fields(value: Any) -> Any:
+    """Return the fields of an object as a dict, or raise TypeError when its class has none."""
+    if isinstance(value, dict):
+        return value
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(value, "__struct_fields__"):
+        return sys.modules["msgspec"].to_builtins(value, enc_hook=_plain)
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "__attrs_attrs__"):
+        return {field.name: getattr(value, field.name) for field in value.__attrs_attrs__}
+    raise TypeError(f"a {value.__class__.__name__} cannot be encoded as JSON")
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON knows for a value that it does not know, or raise TypeError or ValueError."""
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, (datetime, date, time)):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise ValueError(f"{value} is no number in JSON")
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
+    return _fields(value)
+
+
+_encoder = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain
+).encode
+
+
+def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int) -> str:
+    """Encode, and look for the field at fault only when there is a sign of one."""
+    try:
+        text = _encoder(payload)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        _raise_fault(payload, name, max_depth)
+        raise InvalidEvent(f"{name}: {error}") from error
+    if "\\u0000" in text or text.count("{") + text.count("[") > max_depth:
+        _raise_fault(payload, name, max_depth)
+    if size > max_bytes:
+        raise InvalidEvent(f"{name}: {size} bytes are more than the {max_bytes} that an event may have")
+    return text
+
+
+def _raise_fault(payload: object, name: str, max_depth: int) -> None:
+    for path, fault in _faults(payload, name, max_depth):
+        raise InvalidEvent(f"{path}: {fault}")
+
+
+def _faults(value: Any, path: str, levels: int) -> Iterator[tuple[str, str]]:
+    """Yield where a value cannot be stored, and why; `levels` more of nesting are allowed."""
+    if isinstance(value, str):
+        if fault := _text_fault(value):
+            yield path, fault
+    elif isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            yield path, f"{value} is no number in JSON"
+    elif isinstance(value, (dict, list, tuple)):
+        if levels == 0:
+            yield path, "it is nested too deeply"
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if fault := _name_fault(key):
+                    yield f"{path}.{key!a}", fault
+                yield from _faults(item, f"{path}.{key}", levels - 1)
+        else:
+            for index, item in enumerate(value):
+                yield from _faults(item, f"{path}[{index}]", levels - 1)
+    elif value is not None and not isinstance(value, int):
+        try:
+            plain = _plain(value)
+        except (TypeError, ValueError) as error:
+            yield path, str(error)
+        else:
+            yield from _faults(plain, path, levels)
+
+
+def _name_fault(name: object) -> str | None:
+    if isinstance(name, str):
+        return _text_fault(name)
+    if name is None or isinstance(name, (int, float)):
+        return None
+    return f"a name must be a string, not a {name.__class__.__name__}"
+
+
+def _text_fault(text: str) -> str | None:
+    if "\0" in text:
+        return "a NUL character cannot be stored"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"a lone surrogate ({text[error.start]!a}) cannot be stored"
+    return None
+
+
+def _key_text(key: object) -> object:
+    """Return a key as text; numbers and UUIDs are common keys, anything else must be a string."""
+    if isinstance(key, Enum):
+        key = key.value
+    if isinstance(key, (UUID, int)) and not isinstance(key, bool):
+        return str(key)
+    return key
+
+
+def _check_id(event_id: UUID | str | None) -> UUID:
+    if event_id is None:
+        return uuid4()
+    if isinstance(event_id, UUID):
+        return event_id
+    try:
+        return UUID(event_id)
+    except (ValueError, AttributeError, TypeError):
+        raise InvalidEvent(f"event_id: {event_id!r} is no UUID") from None
+
+
+def _check_moment(moment: datetime | None) -> datetime | None:
+    if moment is None:
+        return None
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise InvalidEvent(f"available_at: a datetime with a time zone is needed, not {moment!r}")
+    return moment
+
+
+def _encode_headers(headers: Mapping[str, str]) -> str:
+    if not isinstance(headers, Mapping):
+        raise InvalidEvent(f"headers: a mapping of strings is needed, not {headers!r}")
+    if len(headers) > MAX_HEADERS:
+        raise InvalidEvent(f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
+            raise InvalidEvent(f"headers: {name!r} is no name: 1 to 64 letters, digits or any of _ . -")
+        if name.lower() in ENVELOPE:
+            raise InvalidEvent(f"headers.{name}: the name belongs to the envelope of every event")
+        if not isinstance(value, str):
+            raise InvalidEvent(f"headers.{name}: a string is needed, not {value!r}")
+        if fault := _text_fault(value):
+            raise InvalidEvent(f"headers.{name}: {fault}")
+    text = _encoder(dict(headers))
+    if len(text.encode()) > MAX_BYTES:
+        raise InvalidEvent(f"headers: more than {MAX_BYTES} bytes")
+    return text

@@ -1,0 +1,105 @@
+"""What every daemon's loop needs: a wait that stop can interrupt, signals, and backoff with jitter."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stop:
+    """A request to stop that any wait notices at once. `set()` may come twice, or before the start."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        """Ask to stop; safe in a signal handler."""
+        if not self._set:
+            self._set = True
+            os.write(self._write, b"\0")
+
+    def wait(self, seconds: float, *also: int) -> bool:
+        """Block until stop, until one of the file descriptors `also` is readable, or for `seconds`.
+
+        Returns whether something became readable, stop included.
+        """
+        ready, _, _ = select.select([self._read, *also], [], [], max(0.0, seconds))
+        return bool(ready)
+
+    def __del__(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+
+@contextmanager
+def stop_on_signals(stop: Stop) -> Iterator[None]:
+    """Let SIGTERM and SIGINT ask for the stop; the second of them ends the process at once.
+
+    The exit status of the second is 128 + the signal's number, as of a process that it killed.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, on_signal) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def backoff_seconds(attempts: int, first: float, most: float) -> float:
+    """Return the pause after so many failed attempts: doubling up to `most`, half of it random.
+
+    Half is fixed, so that ten attempts always take minutes; half is random, so that many relays or
+    events that failed together do not come back together.
+    """
+    full = min(most, first * 2.0 ** min(attempts - 1, 64))
+    return full * random.uniform(0.5, 1.0)
+
+
+class Backoff:
+    """The pauses of one outage after another: `next()` grows, `reset()` starts over."""
+
+    def __init__(self, first_seconds: float, most_seconds: float) -> None:
+        self._first, self._most = first_seconds, most_seconds
+        self.failures = 0
+
+    def next(self) -> float:
+        """Return the seconds to wait after one more failure."""
+        self.failures += 1
+        return backoff_seconds(self.failures, self._first, self._most)
+
+    def reset(self) -> None:
+        self.failures = 0
+
+
+class Every:
+    """A clock that is due at once and then every `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """Return whether the time has come, and if so start the next interval."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True

@@ -1,0 +1,103 @@
+"""The priority of an event, and the scope that sets it for everything recorded inside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from enum import IntEnum
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+from outbox.errors import InvalidPriority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOWEST, HIGHEST = -32768, 32767  # the range of a smallint
+
+
+class Priority(IntEnum):
+    """The named priorities. Any integer from -32768 to 32767 is as good."""
+
+    BULK = -100
+    LOW = -50
+    NORMAL = 0
+    HIGH = 50
+    CRITICAL = 100
+
+
+def check_priority(priority: object) -> int:
+    """Return `priority`, or raise InvalidPriority. A bool and a float are no priorities."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise InvalidPriority(f"priority: an integer is needed, not {priority!r}")
+    if not LOWEST <= priority <= HIGHEST:
+        raise InvalidPriority(f"priority: {priority} is not between {LOWEST} and {HIGHEST}")
+    return priority
+
+
+class _Level:
+    """One entered scope; two scopes of one priority are told apart by identity."""
+
+    __slots__ = ("priority",)
+
+    def __init__(self, priority: int) -> None:
+        self.priority = priority
+
+
+# The scopes that are open in this context, innermost last. A tuple, so that a task or thread that has
+# copied the context keeps its own view when the scope ends elsewhere.
+_open: ContextVar[tuple[_Level, ...]] = ContextVar("outbox_priority", default=())
+
+
+def current_priority() -> int:
+    """Return the priority of the innermost open scope, or `Priority.NORMAL` (0) outside of any."""
+    levels = _open.get()
+    return levels[-1].priority if levels else Priority.NORMAL
+
+
+class processing_priority:
+    """Give every event recorded in the `with` block this priority.
+
+    Scopes nest, the innermost wins, and the previous one is restored however the block ends. Tasks, and
+    threads started by `asyncio.to_thread`, inherit the scope; `executor.submit` and `loop.run_in_executor`
+    do not, and what they record would flood the primary lane: wrap their function in `carry_priority`.
+
+    Raises InvalidPriority when the priority is no integer of a smallint.
+    """
+
+    def __init__(self, priority: int) -> None:
+        self._priority = check_priority(priority)
+        self._entered: list[_Level] = []
+
+    def __enter__(self) -> None:
+        level = _Level(self._priority)
+        self._entered.append(level)
+        _open.set((*_open.get(), level))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # By identity and not by a token: a generator may be closed after scopes that were opened later,
+        # or in another context.
+        level = self._entered.pop()
+        _open.set(tuple(other for other in _open.get() if other is not level))
+
+
+def carry_priority(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `function` bound to the priority in force now.
+
+    For `executor.submit(carry_priority(f), ...)` and `loop.run_in_executor(None, carry_priority(f))`,
+    which lose context variables.
+    """
+    priority = current_priority()
+
+    @functools.wraps(function)
+    def carried(*args: P.args, **kwargs: P.kwargs) -> R:
+        with processing_priority(priority):
+            return function(*args, **kwargs)
+
+    return carried

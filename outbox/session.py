@@ -1,0 +1,288 @@
+"""The write side: `publish` and `RecordsEvents` put events into the outbox with the session's own flush.
+
+What has been recorded waits in the session until its next flush, and is inserted by that flush after the
+business rows: the writers of one key take turns on those, so their events are numbered in turn. From then on
+PostgreSQL undoes and keeps it, savepoints included. Until then it is a pending object of the session that
+makes sure of the flush, before a savepoint, a commit, or a query.
+
+An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
+become its own again with it, and are recorded when it is added or merged once more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    DateTime,
+    SmallInteger,
+    Text,
+    Uuid,
+    bindparam,
+    cast,
+    column,
+    event,
+    func,
+    inspect,
+    select,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, insert
+from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session, registry
+from sqlalchemy.orm.interfaces import MapperProperty
+
+from outbox.errors import InvalidEvent
+from outbox.event import Recorded, encode
+from outbox.tables import outbox
+
+S = TypeVar("S")
+
+INFO = "outbox"  # key in `session.info`
+OWN = "_outbox_own"  # key in an aggregate's __dict__
+
+
+def publish(
+    session: Any,
+    event: object,
+    *,
+    priority: int | None = None,
+    headers: Mapping[str, str] | None = None,
+    available_at: datetime | None = None,
+    event_id: UUID | str | None = None,
+    type: str | None = None,
+    stream: str | None = None,
+    key: object = None,
+) -> UUID:
+    """Record an event in the session's transaction; return its id.
+
+    `session` is a Session, an AsyncSession (nothing is awaited), or a scoped one of either. `event` is an
+    instance of a class marked with `@event`, or a dict, which needs `type` and `stream`. `priority` beats the
+    scope of `processing_priority`. `available_at` (with a time zone) is the earliest time to publish it. An
+    `event_id` of the caller's own makes a repeated recording harmless while the first is still waiting.
+
+    Raises InvalidEvent, which names the field, before any SQL; the session stays usable.
+    """
+    row = encode(
+        event,
+        priority=priority,
+        headers=headers,
+        available_at=available_at,
+        event_id=event_id,
+        type=type,
+        stream=stream,
+        key=key,
+    )
+    _recorder(_sync_session(session)).add(row)
+    return row.event_id
+
+
+class RecordsEvents:
+    """Mixin of a mapped class: `self.record(event)` lands in the outbox with the flush that writes the object.
+
+    On an object of no session the event waits with the object. An object that is garbage before it is added
+    takes its events with it, as it does its columns.
+    """
+
+    def record(self, event: object, **options: Any) -> UUID:
+        """Record an event, with the options of `publish`; the priority is that of the scope in force now."""
+        own = _Own(encode(event, **options))
+        self.__dict__.setdefault(OWN, []).append(own)
+        if session := object_session(self):
+            _recorder(session).take(own, self)
+        return own.row.event_id
+
+
+class _Own:
+    """An event of an object; `taken` while a session has it."""
+
+    __slots__ = ("row", "taken")
+
+    def __init__(self, row: Recorded) -> None:
+        self.row, self.taken = row, False
+
+
+class _Recorder:
+    """What one session has recorded in its current transaction."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._waiting: list[Recorded] = []  # since the last flush
+        self._dirt: _Dirt | None = None
+        # Events of objects in this transaction, in order, and how many there were at each savepoint.
+        self._owned: list[tuple[_Own, weakref.ref[Any]]] = []
+        self._marks: dict[SessionTransaction, int] = {}
+
+    def add(self, row: Recorded) -> None:
+        """Have the row inserted with the next flush."""
+        self._waiting.append(row)
+        if self._dirt is None or self._dirt not in self._session:
+            self._dirt = _Dirt()
+            self._session.add(self._dirt)
+
+    def take(self, own: _Own, owner: Any) -> None:
+        """Add an event of an object, unless a session has it already."""
+        if not own.taken:
+            own.taken = True
+            self._owned.append((own, weakref.ref(owner)))
+            self.add(own.row)
+
+    def mark(self, savepoint: SessionTransaction) -> None:
+        self._marks[savepoint] = len(self._owned)
+
+    def wash(self) -> None:
+        """Take our pending object out of the flush that it has brought about."""
+        if self._dirt is not None and self._dirt in self._session:
+            self._session.expunge(self._dirt)
+        self._dirt = None
+
+    def insert(self) -> None:
+        """Insert what has been recorded, in order, with one statement."""
+        if self._waiting:
+            rows, self._waiting = self._waiting, []
+            columns = zip(*rows, strict=True)
+            values = dict(zip(Recorded._fields, map(list, columns), strict=True))
+            self._session.connection(bind_arguments={"clause": outbox}).execute(INSERT, values)
+
+    def keep(self) -> None:
+        """Note that the innermost savepoint, or the whole transaction, was committed."""
+        if savepoint := self._session.get_nested_transaction():
+            self._marks.pop(savepoint, None)
+            return
+        for _, reference in self._owned:
+            if (owner := reference()) is not None:
+                owner.__dict__[OWN] = [own for own in owner.__dict__[OWN] if not own.taken]
+        self._owned.clear()
+
+    def end(self, transaction: SessionTransaction) -> None:
+        """Forget what a transaction or savepoint has recorded that ends without a commit."""
+        start = self._marks.pop(transaction, None) if transaction.nested else 0
+        if start is None:
+            return
+        self._waiting.clear()
+        for own, reference in self._owned[start:]:
+            owner = reference()
+            own.taken = owner is None or not inspect(owner).transient
+        del self._owned[start:]
+
+
+class _Dirt:
+    """A pending object that makes a session flush; it is never inserted."""
+
+
+registry().map_imperatively(_Dirt, outbox)
+
+
+def _insert() -> Any:
+    """Build the statement that inserts any number of events, in order, from an array a column."""
+    types = {
+        "event_id": Uuid(),
+        "priority": SmallInteger(),
+        "available_at": DateTime(timezone=True),
+    }
+    names = Recorded._fields
+    arrays = [bindparam(name, type_=ARRAY(types.get(name, Text()))) for name in names]
+    rows = (
+        func.unnest(*arrays)
+        .table_valued(*(column(name, types.get(name, Text())) for name in names), with_ordinality="n")
+        .render_derived()
+    )
+    values = [
+        cast(rows.c[name], JSON) if name in ("payload", "headers") else rows.c[name] for name in names
+    ]
+    return (
+        insert(outbox)
+        .from_select(names, select(*values).order_by(rows.c.n))
+        .on_conflict_do_nothing(index_elements=["event_id"])
+    )
+
+
+INSERT = _insert()
+
+
+def _sync_session(session: Any) -> Session:
+    """Return the Session behind an AsyncSession or a scoped one, or raise InvalidEvent."""
+    if not isinstance(session, Session):
+        if callable(session):  # a scoped session
+            session = session()
+        session = getattr(session, "sync_session", session)
+    if not isinstance(session, Session):
+        raise InvalidEvent(f"session: a Session or AsyncSession is needed, not {session!r}")
+    return session
+
+
+def _recorder(session: Session) -> _Recorder:
+    if INFO not in session.info:
+        session.info[INFO] = _Recorder(session)
+    recorder: _Recorder = session.info[INFO]
+    return recorder
+
+
+# -- the session's events; each is a look into a dict for sessions that record nothing ----------------------
+
+
+@event.listens_for(Session, "before_flush")
+def _before_flush(session: Session, context: Any, instances: Any) -> None:
+    if recorder := session.info.get(INFO):
+        recorder.wash()
+        if not (session.new or session.dirty or session.deleted):
+            recorder.insert()  # nothing else to write: the flush ends here
+
+
+@event.listens_for(Session, "after_flush")
+@event.listens_for(Session, "before_commit")
+def _insert_waiting(session: Session, context: Any = None) -> None:
+    if recorder := session.info.get(INFO):
+        recorder.insert()
+
+
+@event.listens_for(Session, "after_transaction_create")
+def _on_savepoint(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        _recorder(session).mark(transaction)
+
+
+@event.listens_for(Session, "after_commit")
+def _on_commit(session: Session) -> None:
+    if recorder := session.info.get(INFO):
+        recorder.keep()
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _on_end(session: Session, transaction: SessionTransaction) -> None:
+    boundary = transaction.nested or transaction.parent is None  # not a flush's own
+    if boundary and (recorder := session.info.get(INFO)):
+        recorder.end(transaction)
+
+
+@event.listens_for(Session, "transient_to_pending")
+def _on_add(session: Session, instance: Any) -> None:
+    for own in instance.__dict__.get(OWN, ()):
+        _recorder(session).take(own, instance)
+
+
+class _Events(MapperProperty[Any]):
+    """Lets `session.merge` carry an object's events along with its columns."""
+
+    def merge(
+        self,
+        session: Session,
+        source_state: Any,
+        source_dict: Any,
+        dest_state: Any,
+        dest_dict: Any,
+        load: bool,
+        _recursive: Any,
+        _resolve_conflict_map: Any,
+    ) -> None:
+        for own in source_dict.get(OWN, ()):
+            _recorder(session).take(own, source_state.obj())
+
+
+@event.listens_for(RecordsEvents, "after_mapper_constructed", propagate=True)
+def _on_mapped(mapper: Mapper[Any], cls: type) -> None:
+    if not mapper.has_property(OWN):
+        mapper.add_property(OWN, _Events())

@@ -1,0 +1,474 @@
+"""Every SQL statement of the relay. It knows PostgreSQL and no Redis.
+
+| table | what the relay does with it |
+|---|---|
+| outbox | `claim` and `adopt` delete rows and return them; `put_back` inserts the refused again |
+| outbox_relay | `lead` locks its row, `record_batch` moves its batch number, `say_asleep` asks to be woken |
+| outbox_journal | `record_batch` adds a batch, `journal_after` reads, `purge` deletes by age |
+| outbox_dead | `bury` adds; the command line lists, retries and drops |
+
+A step of the relay is one transaction: `begin`, `lead`, `claim`, `record_batch`, `commit`. All that a session
+must be is set in the transaction itself, and no statement needs a session's lock, so that it works behind
+a transaction-pooling proxy.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, LiteralString, NamedTuple
+from uuid import uuid4
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql
+from psycopg.rows import dict_row
+from sqlalchemy import make_url
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.exc import ArgumentError
+
+from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable
+from outbox.event import Waiting
+
+CHANNEL = "outbox"
+APPLICATION = "outbox-relay"
+
+# The plan of a queue must not depend on statistics that were gathered while it was empty: the claim walks
+# its index. A relay that is frozen or cut off loses its lock by the timeouts. A commit of the relay is
+# durable whatever the role's default, or a crash of PostgreSQL would leave Redis ahead of it.
+BEGIN: LiteralString = """
+BEGIN ISOLATION LEVEL READ COMMITTED;
+SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
+SET LOCAL statement_timeout = {statement_ms}; SET LOCAL tcp_user_timeout = {idle_ms};
+SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
+SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off;
+SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'
+"""
+
+LEAD: LiteralString = """
+SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0)
+FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED
+"""
+
+# Due, and not behind a refused event of its key. The second part is left out while nothing is refused.
+DUE: LiteralString = "(o.available_at IS NULL OR o.available_at <= clock_timestamp())"
+FREE: LiteralString = """
+ AND NOT EXISTS (SELECT FROM {outbox} r
+                 WHERE r.attempts > 0 AND r.stream = o.stream AND r.key = o.key AND r.id < o.id)
+"""
+
+# `known` holds the priorities seen so far, highest first, each with the position where the claim last
+# stopped and the next lower one known. Of each: what follows the position, then the priorities in between.
+# Rows are found in the order of the index, so the byte count runs in the order of the claim.
+CLAIM: LiteralString = """
+DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
+    SELECT place FROM (
+        SELECT place, sum(bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM (
+            SELECT due.place, due.bytes
+            FROM unnest(%(priority)s::int[], %(below)s::int[], %(created_at)s::timestamptz[], %(id)s::bigint[])
+                 AS known (priority, below, created_at, id)
+            CROSS JOIN LATERAL (
+                (SELECT o.ctid AS place, pg_column_size(o.payload) AS bytes FROM {outbox} o
+                 WHERE o.priority = known.priority
+                   AND (o.created_at, o.id) > (known.created_at, known.id) AND {due}
+                 ORDER BY o.created_at, o.id LIMIT %(rows)s)
+                UNION ALL
+                (SELECT o.ctid AS place, pg_column_size(o.payload) AS bytes FROM {outbox} o
+                 WHERE o.priority < known.priority AND o.priority > known.below AND {due}
+                 ORDER BY o.priority DESC, o.created_at, o.id LIMIT %(rows)s)
+            ) AS due
+            LIMIT %(rows)s
+        ) AS first
+    ) AS sized
+    WHERE coalesce(before, 0) < %(bytes)s
+)) RETURNING {columns}
+"""
+
+BEHIND_POSITIONS: LiteralString = """
+SELECT EXISTS (
+    SELECT FROM unnest(%(priority)s::int[], %(created_at)s::timestamptz[], %(id)s::bigint[])
+                AS known (priority, created_at, id)
+    CROSS JOIN LATERAL (
+        SELECT FROM {outbox} o
+        WHERE o.priority = known.priority AND (o.created_at, o.id) <= (known.created_at, known.id) AND {due}
+        ORDER BY o.created_at, o.id LIMIT 1
+    ) AS late
+)
+"""
+
+ADOPT: LiteralString = "DELETE FROM {outbox} WHERE id = ANY (%s) RETURNING {columns}"
+COLUMNS: LiteralString = (
+    "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
+    "attempts, last_error"
+)
+
+RECORD_BATCH: LiteralString = """
+WITH leader AS (
+    UPDATE {relay} SET batch = %(batch)s, asleep = false, leader = %(leader)s, led_at = clock_timestamp()
+    WHERE partition = 0
+)
+INSERT INTO {journal} (partition, batch, events, body) VALUES (0, %(batch)s, %(events)s, %(body)b)
+"""
+
+PUT_BACK: LiteralString = """
+INSERT INTO {outbox} (id, event_id, stream, type, key, priority, created_at, payload, headers,
+                      attempts, last_error, available_at)
+SELECT id, event_id, stream, type, key, priority, created_at, payload, headers, attempts, last_error,
+       clock_timestamp() + wait * interval '1 second'
+FROM unnest(%s::bigint[], %s::uuid[], %s::text[], %s::text[], %s::text[], %s::int[], %s::timestamptz[],
+            %s::json[], %s::json[], %s::int[], %s::text[], %s::float8[])
+     AS back (id, event_id, stream, type, key, priority, created_at, payload, headers, attempts, last_error, wait)
+"""
+
+# An event with an id of the caller's own may die again.
+BURY: LiteralString = """
+INSERT INTO {dead} (event_id, stream, type, key, priority, created_at, payload, headers, attempts, reason)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+ON CONFLICT (event_id) DO UPDATE SET (attempts, reason, died_at)
+    = (EXCLUDED.attempts, EXCLUDED.reason, EXCLUDED.died_at)
+"""
+
+PURGE: LiteralString = """
+DELETE FROM {journal} WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM {journal}
+    WHERE partition = 0 AND published_at < clock_timestamp() - %s * interval '1 second'
+    ORDER BY batch LIMIT 50))
+"""
+
+HIGHER, LOWER = 32768, -32769  # beyond any smallint
+TOP = {"priority": [HIGHER], "below": [LOWER], "created_at": ["-infinity"], "id": [0]}
+
+
+class Lead(NamedTuple):
+    """What the leader's row says: the number of the last batch, whose outbox this is, and its state."""
+
+    batch: int
+    outbox_id: str
+    asleep: bool
+    refused: bool  # some event waits for its retry
+
+
+class Refusal(NamedTuple):
+    """An event to put back: held behind another of its key (wait None), or refused (wait in seconds)."""
+
+    event: Waiting
+    error: str | None = None
+    wait: float | None = None
+
+
+class Store:
+    """The relay's PostgreSQL: one connection, opened at need, dropped after any error.
+
+    `url` is any SQLAlchemy URL of PostgreSQL. `takeover_seconds` is how long a frozen leader may keep its
+    lock, at most. Methods raise DatabaseUnavailable for whatever the server as a whole is to blame for,
+    and NotMigrated when a table or column is missing.
+    """
+
+    def __init__(self, url: str, *, schema: str = "public", takeover_seconds: float = 5.0) -> None:
+        self._connect_to = connection_arguments(url, takeover_seconds)
+        self._schema = schema
+        self._idle_ms = max(100, int(takeover_seconds * 600))
+        self._connection: psycopg.Connection | None = None
+        self._statements: dict[str, sql.Composed] = {}
+        self._positions: dict[int, tuple[str, int]] = {}
+        self._look_back_at = 0.0
+        self._leader = f"{socket.gethostname()}:{os.getpid()}"
+        self.prepare = True  # no prepared statements behind a transaction-pooling proxy
+
+    # -- the step ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Open the transaction of a step, connecting first if need be."""
+        with self._translated():
+            self._connected().execute(self._sql(BEGIN), prepare=False)
+
+    def lead(self) -> Lead | None:
+        """Lock the leader's row and return what it says, or None while another relay holds it."""
+        rows = self._run(LEAD)
+        return Lead._make(rows[0]) if rows else None
+
+    def claim(self, rows: int, size: int, refused: bool) -> list[Waiting]:
+        """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
+
+        They come in order: highest priority, then oldest, then lowest id. With `refused`, events that must
+        wait for a refused one of their key are passed over.
+        """
+        started = time.monotonic()
+        looked_back = bool(self._positions) and started >= self._look_back_at
+        if looked_back and self._late(refused):
+            self.forget_positions()
+        found = self._run(CLAIM, self._scan() | {"rows": rows, "bytes": size}, free=refused)
+        if looked_back:
+            # While an old snapshot is held, looking back reads every dead row: a tenth of the time is its share.
+            self._look_back_at = time.monotonic() + 9 * (time.monotonic() - started)
+        events = in_order(found)
+        for event in events:
+            self._positions[event.priority] = (event.created_at, event.id)
+        return events
+
+    def forget_positions(self) -> None:
+        """Let the next claim scan from the top."""
+        self._positions.clear()
+
+    def adopt(self, ids: Sequence[int]) -> list[Waiting]:
+        """Delete and return the events with these ids, in order: a dead leader has published them."""
+        return in_order(self._run(ADOPT, (list(ids),)))
+
+    def record_batch(self, batch: int, events: int, body: bytes) -> None:
+        """Write the batch into the journal and move the leader's row to it."""
+        self._run(
+            RECORD_BATCH, {"batch": batch, "events": events, "body": body, "leader": self._leader}
+        )
+
+    def put_back(self, refusals: Iterable[Refusal]) -> None:
+        """Insert claimed events again: those with an error count one attempt more and wait for their retry."""
+        columns = zip(*(_put_back_row(refusal) for refusal in refusals), strict=True)
+        if parameters := [list(column) for column in columns]:
+            self._run(PUT_BACK, parameters)
+
+    def bury(self, event: Waiting, reason: str, attempts: int) -> None:
+        """Move a claimed event to the dead letters."""
+        self._run(BURY, (*event[1:9], attempts, reason))
+
+    def journal_after(self, batch: int) -> tuple[int, bytes] | None:
+        """Return the first journal batch after this one, as (number, body), or None."""
+        rows = self._run(
+            "SELECT batch, body FROM {journal} WHERE partition = 0 AND batch > %b ORDER BY batch LIMIT 1",
+            (batch,),
+        )
+        return (rows[0][0], bytes(rows[0][1])) if rows else None
+
+    def count_losses(self, *, streams: int = 0, batches: int = 0) -> None:
+        """Add to the totals that `status` shows."""
+        self._run(
+            "UPDATE {relay} SET streams_lost = streams_lost + %s, batches_lost = batches_lost + %s "
+            "WHERE partition = 0",
+            (streams, batches),
+        )
+
+    def say_asleep(self) -> None:
+        """Ask writers to notify: from the commit on, an insert into the outbox wakes the listener."""
+        self._run("UPDATE {relay} SET asleep = true WHERE partition = 0")
+
+    def commit(self) -> None:
+        """End the step. Raises DatabaseUnavailable when the outcome is unknown or the step is lost."""
+        with self._translated():
+            if self._connected().execute("COMMIT", prepare=False).statusmessage != "COMMIT":
+                raise DatabaseUnavailable("PostgreSQL rolled the step back")
+
+    def rollback(self) -> None:
+        """Give the step up; drop the connection where that is not possible. Raises nothing."""
+        if self._connection is None:
+            return
+        try:
+            self._connection.execute("ROLLBACK", prepare=False)
+        except psycopg.Error:
+            self.close()
+        self.forget_positions()  # the claimed rows are back, behind the positions
+
+    def close(self) -> None:
+        """Close the connection; the next step opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # -- beside the step --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Connect, and make sure that this server can hold an outbox that is migrated."""
+        with self._translated():
+            self._connected()
+
+    def due(self) -> bool:
+        """Return whether an event is due, whoever is going to publish it."""
+        return bool(self._read("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due}{free})", free=True)[0][0])
+
+    def purge(self, retention_seconds: float) -> int:
+        """Delete a few journal batches that are older; return how many."""
+        with self._translated():
+            query = self._sql(PURGE)
+            return self._connected().execute(query, (retention_seconds,)).rowcount
+
+    def listen(self) -> Listener | None:
+        """Return a listener for the wake-up, or None where a notification does not come through."""
+        with self._translated():
+            listener = Listener(psycopg.connect(**self._connect_to, autocommit=True))
+            probe = uuid4().hex
+            self._connected().execute("SELECT pg_notify(%s, %s)", (CHANNEL, probe))
+            if listener.hears(probe):
+                return listener
+            listener.close()
+            return None
+
+    def rows(self, query: LiteralString, parameters: Any = None) -> list[dict[str, Any]]:
+        """Run one statement of the command line, outside of any step; tables are named in braces."""
+        with self._translated(), self._connected().cursor(row_factory=dict_row) as cursor:
+            cursor.execute(self._sql(query), parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    # -- inside -----------------------------------------------------------------------------------------
+
+    def _connected(self) -> psycopg.Connection:
+        if self._connection is None:
+            connection = psycopg.connect(
+                **self._connect_to, autocommit=True, prepare_threshold=5 if self.prepare else None
+            )
+            try:
+                self._check(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _check(self, connection: psycopg.Connection) -> None:
+        names = [f"{self._schema}.{name}" for name in ("outbox", "outbox_relay", "outbox_journal", "outbox_dead")]
+        row = connection.execute(
+            "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool, "
+            "(SELECT bool_and(to_regclass(quote_ident(%s) || '.' || quote_ident(name)) IS NOT NULL) "
+            " FROM unnest(%s::text[]) AS name), "
+            "current_setting('server_version_num')::int",
+            (self._schema, [name.rpartition(".")[2] for name in names]),
+        ).fetchone()
+        assert row is not None
+        if row[2] < 140000:
+            raise Unsuitable(f"PostgreSQL 14 or newer is needed, this is {row[2] // 10000}")
+        if row[0]:
+            raise Unsuitable("the PostgreSQL server is read-only: a replica, or in recovery")
+        if not row[1]:
+            raise NotMigrated(f"the outbox has no tables in the schema {self._schema!r}; run: outbox-relay migrate")
+        # A service that pulls `outbox.metadata` into its own history creates the table without its row.
+        connection.execute(
+            self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING")
+        )
+
+    def _sql(self, query: LiteralString, free: bool = False) -> sql.Composed:
+        key = f"{query}{free}"
+        if key not in self._statements:
+            names = {
+                name: sql.Identifier(self._schema, table)
+                for name, table in {
+                    "outbox": "outbox",
+                    "relay": "outbox_relay",
+                    "journal": "outbox_journal",
+                    "dead": "outbox_dead",
+                }.items()
+            }
+            due = sql.SQL(DUE) + sql.SQL(FREE).format(outbox=names["outbox"]) if free else sql.SQL(DUE)
+            self._statements[key] = sql.SQL(query).format(
+                **names,
+                due=due,
+                free=sql.SQL(""),
+                columns=sql.SQL(COLUMNS),
+                idle_ms=sql.Literal(self._idle_ms),
+                statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
+            )
+        return self._statements[key]
+
+    def _run(self, query: LiteralString, parameters: Any = None, free: bool = False) -> list[tuple[Any, ...]]:
+        with self._translated():
+            cursor = self._connected().execute(self._sql(query, free), parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    _read = _run
+
+    def _late(self, refused: bool) -> bool:
+        return bool(self._run(BEHIND_POSITIONS, self._scan(), free=refused)[0][0])
+
+    def _scan(self) -> dict[str, list[Any]]:
+        """Return where the claim starts: from the top, or from the positions of the known priorities."""
+        known = sorted(self._positions, reverse=True)
+        return {
+            "priority": [HIGHER, *known],
+            "below": [*known, LOWER],
+            "created_at": ["-infinity", *(self._positions[priority][0] for priority in known)],
+            "id": [0, *(self._positions[priority][1] for priority in known)],
+        }
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn the driver's errors into the two that the relay knows; the connection is not used again."""
+        try:
+            yield
+        except (pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName) as error:
+            self.close()
+            raise NotMigrated(f"{first_line(error)}; run: outbox-relay migrate") from error
+        except psycopg.Error as error:
+            self.close()
+            raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+
+
+class Listener:
+    """A connection that hears when an event has been recorded while the relay sleeps."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self._connection = connection
+        connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def hears(self, payload: str, seconds: float = 1.0) -> bool:
+        """Return whether this very notification arrives within the time."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            for notification in self._connection.notifies(timeout=left, stop_after=1):
+                if notification.payload == payload:
+                    return True
+        return False
+
+    def drain(self) -> None:
+        """Forget what has been heard. Raises DatabaseUnavailable when the connection is lost."""
+        try:
+            for _ in self._connection.notifies(timeout=0):
+                pass
+        except psycopg.Error as error:
+            self.close()
+            raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def connection_arguments(url: str, takeover_seconds: float) -> dict[str, Any]:
+    """Return psycopg's arguments for an SQLAlchemy URL, with timeouts for a connection that is cut off."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise InvalidSetting("database_url: this is no URL; an example: postgresql://user@host/name") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise InvalidSetting(f"database_url: a URL of PostgreSQL is needed, not of {parsed.get_backend_name()}")
+    _, arguments = PGDialect_psycopg().create_connect_args(parsed)
+    seconds = max(1, round(takeover_seconds / 3))
+    return {
+        "connect_timeout": max(2, round(takeover_seconds)),
+        "application_name": APPLICATION,
+        "client_encoding": "utf8",
+        "keepalives_idle": seconds,
+        "keepalives_interval": seconds,
+        "keepalives_count": 2,
+        "tcp_user_timeout": int(takeover_seconds * 1000),
+    } | arguments
+
+
+def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
+    """Return claimed rows in the order of the promise; RETURNING gives them in none."""
+    events = [Waiting._make(row) for row in rows]
+    events.sort(key=lambda event: (-event.priority, event.created_at, event.id))
+    return events
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a server's message: the DETAIL that may follow shows values of rows."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _put_back_row(refusal: Refusal) -> tuple[Any, ...]:
+    event, error, wait = refusal
+    if error is None:
+        return (*event, None)
+    return (*event[:9], event.attempts + 1, error, wait)

@@ -1,0 +1,385 @@
+"""Every Redis command of the relay, and the scripts. It knows Redis and no SQL.
+
+| key | type | what it means |
+|---|---|---|
+| `<prefix>:<outbox id>` | hash | the state: what Redis knows of the outbox |
+| ... `batch` | | number of the last batch that was added |
+| ... `ids` | | the rows of that batch that were added, for a successor to adopt |
+| ... `last:<lane>` | | the newest entry that was added to the lane |
+| ... `restored:<lane>` | | while a lost lane is filled again: the last journal batch added |
+| `<stream>`, `<stream>:backfill` | stream | the lanes; an entry is a CloudEvents 1.0 event in binary mode |
+
+A batch's body is msgpack: `[source, lanes, [[lane, group, row, id, type, time, priority, data, correlation,
+name, value, ...], ...]]`. `lane` counts from 2, the lane's place among the script's keys; `group` is one number
+for each key (0: no key), so that the script can hold back what must not pass a refused event.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import msgpack
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from outbox.errors import InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
+from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
+
+# States of the server, or a lack of rights to run the command at all: no event is to blame.
+# (Redis puts these words at the start of an error, or after "@user_script: 12: -" before version 7.)
+SERVER_STATES = (
+    "OOM READONLY LOADING MASTERDOWN CLUSTERDOWN MISCONF NOREPLICAS BUSY NOAUTH MOVED ASK TRYAGAIN "
+    "CROSSSLOT NOSCRIPT UNBLOCKED"
+).split()
+
+HEAD = (
+    """
+local function is_state(message)
+    for _, word in ipairs({%s}) do
+        if string.find(message, '%%f[%%a]' .. word .. '%%f[%%A]') then return true end
+    end
+    return string.find(message, 'permissions? to run') ~= nil
+end
+"""
+    % ", ".join(repr(word) for word in SERVER_STATES)
+    + """
+local function add(source, event)
+    return redis.pcall('XADD', KEYS[event[1]], '*', 'specversion', '1.0', 'id', event[4], 'source', source,
+        'type', event[5], 'time', event[6], 'datacontenttype', 'application/json', 'priority', event[7],
+        'data', event[8], 'correlationid', event[9] or event[4], unpack(event, 10))
+end
+"""
+)
+
+# Answers OK, AHEAD, BEHIND, FENCED or GONE. Writes nothing but for OK, and then all or what Redis takes.
+# A server refuses every write of a script or none, so an error of the server's state comes before any write.
+PUBLISH = (
+    HEAD
+    + """
+local expected = tonumber(ARGV[1])
+local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
+if batch == expected + 1 then
+    return {'AHEAD', redis.call('HGET', KEYS[1], 'ids') or ''}
+elseif batch < expected then
+    return {'BEHIND', batch}
+elseif batch > expected then
+    return {'FENCED', batch}
+end
+
+-- A lane that was deleted or evicted starts over, at an older entry than the one that was added last.
+local function newest(lane)
+    local info = redis.pcall('XINFO', 'STREAM', lane)
+    if info.err then return string.find(info.err, 'no such key') and '0-0' or nil end
+    for i = 1, #info, 2 do
+        if info[i] == 'last-generated-id' then return info[i + 1] end
+    end
+end
+local function before(a, b)
+    local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
+    local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
+    a_ms, b_ms = tonumber(a_ms), tonumber(b_ms)
+    return a_ms < b_ms or (a_ms == b_ms and tonumber(a_seq) < tonumber(b_seq))
+end
+local gone = {'GONE'}
+for i = 2, #KEYS do
+    local last = redis.call('HGET', KEYS[1], 'last:' .. KEYS[i])
+    local now = last and newest(KEYS[i])
+    if redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1
+        or (now and now ~= last and before(now, last)) then gone[#gone + 1] = KEYS[i] end
+end
+if #gone > 1 then return gone end
+
+local body = cmsgpack.unpack(ARGV[4])
+local source, events = body[1], body[3]
+local last, added, answer, stopped = {}, {}, {'OK'}, {}
+for i, event in ipairs(events) do
+    local group = event[2]
+    if stopped[group] then
+        answer[#answer + 1] = {i - 1}
+    else
+        local entry = add(source, event)
+        if entry.err then
+            if #added == 0 and is_state(entry.err) then return redis.error_reply(entry.err) end
+            if group > 0 then stopped[group] = true end
+            answer[#answer + 1] = {i - 1, entry.err}
+        else
+            last[event[1]] = entry
+            added[#added + 1] = event[3]
+        end
+    end
+end
+local state = {'batch', ARGV[2], 'ids', #answer == 1 and ARGV[3] or table.concat(added, ' ')}
+for i, entry in pairs(last) do
+    state[#state + 1] = 'last:' .. KEYS[i]
+    state[#state + 1] = entry
+end
+redis.call('HSET', KEYS[1], unpack(state))
+return answer
+"""
+)
+
+# Adds the events of one lane out of one journal batch to a lane that has been lost. KEYS: the state, then the
+# lanes of the body. ARGV: expected batch, lane, number of the journal batch (0 with the last call), body.
+RESTORE = (
+    HEAD
+    + """
+local lane, number = ARGV[2], tonumber(ARGV[3])
+local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
+if batch ~= tonumber(ARGV[1]) then return {'FENCED', batch} end
+local progress = 'restored:' .. lane
+if number == 0 then
+    redis.call('HDEL', KEYS[1], progress)
+    if redis.call('HGET', KEYS[1], 'newest:' .. lane) then
+        redis.call('HSET', KEYS[1], 'last:' .. lane, redis.call('HGET', KEYS[1], 'newest:' .. lane))
+        redis.call('HDEL', KEYS[1], 'newest:' .. lane)
+    else
+        redis.call('HDEL', KEYS[1], 'last:' .. lane)
+    end
+    return {'OK'}
+end
+if number <= tonumber(redis.call('HGET', KEYS[1], progress) or 0) then return {'OK'} end
+local body = cmsgpack.unpack(ARGV[4])
+local answer, newest = {'OK'}, nil
+for i, event in ipairs(body[3]) do
+    if KEYS[event[1]] == lane then
+        local entry = add(body[1], event)
+        if entry.err then
+            if not newest and is_state(entry.err) then return redis.error_reply(entry.err) end
+            answer[#answer + 1] = {i - 1, entry.err}
+        else
+            newest = entry
+        end
+    end
+end
+redis.call('HSET', KEYS[1], progress, number)
+if newest then redis.call('HSET', KEYS[1], 'newest:' .. lane, newest) end
+return answer
+"""
+)
+
+EVICTING = ("allkeys-lru", "allkeys-lfu", "allkeys-random", "allkeys-lrm")
+
+
+class Batch(NamedTuple):
+    """The encoded events of a batch, the lanes they go to, and their rows."""
+
+    lanes: list[str]
+    ids: str
+    body: bytes
+
+
+class Added(NamedTuple):
+    """OK: the batch is in Redis, but for what it refused (place in the batch, why) or held back (place)."""
+
+    refused: dict[int, str]
+    held: list[int]
+
+
+class Ahead(NamedTuple):
+    """The batch with the next number is there already, and these rows are in it."""
+
+    ids: list[int]
+
+
+class Behind(NamedTuple):
+    """Redis knows fewer batches; 0 when it knows none."""
+
+    batch: int
+
+
+class Fenced(NamedTuple):
+    """Redis knows later batches: there is a newer leader."""
+
+    batch: int
+
+
+class Gone(NamedTuple):
+    """These lanes have lost their entries while the state survived."""
+
+    lanes: list[str]
+
+
+Answer = Added | Ahead | Behind | Fenced | Gone
+
+
+class Streams:
+    """The relay's Redis: one connection that never sends anything again by itself.
+
+    `prefix` begins the name of the state's key; with a hash tag (`{shop}:outbox`) the state shares a slot
+    with streams of that tag. Methods raise RedisUnavailable for whatever no event is to blame for.
+    """
+
+    def __init__(self, url: str, *, prefix: str = "outbox", timeout_seconds: float = 2.0) -> None:
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                socket_timeout=timeout_seconds,
+                socket_connect_timeout=timeout_seconds,
+                socket_keepalive=True,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+                decode_responses=False,
+                client_name="outbox-relay",
+            )
+        except ValueError as error:
+            raise InvalidSetting(f"redis_url: {error}") from None
+        self._prefix = prefix
+        self._scripts = {script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)}
+
+    def publish(self, outbox_id: str, expected: int, batch: Batch, following: int | None = None) -> Answer:
+        """Add a batch, if Redis stands at `expected`; it then stands at `following` (default: the next)."""
+        number = expected + 1 if following is None else following
+        answer = self._call(PUBLISH, outbox_id, batch, expected, number, batch.ids, batch.body)
+        return _answer(answer)
+
+    def restore(self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch) -> Answer:
+        """Add what a journal batch holds of a lane that was lost; with number 0, the lane is whole again."""
+        return _answer(self._call(RESTORE, outbox_id, batch, expected, lane, number, batch.body))
+
+    def check(self) -> None:
+        """Make sure that this Redis keeps streams. Raises Unsuitable with the reason."""
+        with self._translated():
+            policy = self._redis.info("memory").get("maxmemory_policy")
+        if policy in EVICTING:
+            raise Unsuitable(
+                f"Redis may evict streams: its maxmemory-policy is {policy}; set it to noeviction "
+                "(CONFIG SET maxmemory-policy noeviction)"
+            )
+
+    def server(self) -> dict[str, Any]:
+        """Return what INFO says of the server."""
+        with self._translated():
+            return dict(self._redis.info())
+
+    def lengths(self, lanes: Sequence[str]) -> dict[str, int]:
+        """Return the number of entries in each lane; 0 where there is no stream."""
+        with self._translated():
+            return {lane: int(self._redis.xlen(lane)) for lane in lanes}
+
+    def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        self._redis.connection_pool.disconnect()
+
+    def _call(self, script: str, outbox_id: str, batch: Batch, *arguments: Any) -> list[Any]:
+        keys = [f"{self._prefix}:{outbox_id}", *batch.lanes]
+        with self._translated():
+            try:
+                return self._redis.evalsha(self._scripts[script], len(keys), *keys, *arguments)
+            except redis.exceptions.NoScriptError:
+                return self._redis.eval(script, len(keys), *keys, *arguments)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Drop the connection after any error, a late answer included: it may be for another batch."""
+        try:
+            yield
+        except redis.RedisError as error:
+            self.close()
+            raise RedisUnavailable(f"Redis: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+
+def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], str]) -> Batch:
+    """Encode a batch; `lane` tells the lane of a stream and a priority. Every event must be `publishable`."""
+    lanes: dict[str, int] = {}
+    groups: dict[tuple[str, str], int] = {}
+    encoded = []
+    for event in events:
+        name = lane(event.stream, event.priority)
+        place = lanes.setdefault(name, len(lanes) + 2)
+        group = 0
+        correlation, more = None, ()
+        if event.key is not None:
+            group = groups.setdefault((event.stream, event.key), len(groups) + 1)
+            more = ("subject", event.key)
+        if event.headers is not None:
+            headers = json.loads(event.headers)
+            correlation = headers.pop("correlationid", None)
+            more = (*more, *(part for header in headers.items() for part in header))
+        encoded.append(
+            (place, group, str(event.id), event.event_id, event.type, _time(event.created_at),
+             str(event.priority), event.payload, correlation, *more)
+        )  # fmt: skip
+    names = list(lanes)
+    ids = " ".join([str(event.id) for event in events])
+    return Batch(names, ids, msgpack.packb([source, names, encoded]))
+
+
+EMPTY = Batch([], "", msgpack.packb(["", [], []]))
+
+
+def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
+    """Return a journal's body as a batch, and its events as far as the body tells."""
+    _, lanes, events = msgpack.unpackb(body)
+    batch = Batch(lanes, " ".join(event[2] for event in events), body)
+    return batch, [_waiting(lanes, event) for event in events]
+
+
+def publishable(event: Waiting) -> str | None:
+    """Return why an event cannot be an entry of a stream, or None. Rows may have been written by hand."""
+    try:
+        check_stream(event.stream)
+    except InvalidEvent as error:
+        return str(error)
+    if event.headers is None:
+        return None
+    headers = json.loads(event.headers)
+    if not isinstance(headers, dict) or len(headers) > 100:
+        return "headers: a JSON object of at most 100 strings is needed"
+    for name, value in headers.items():
+        if name in ("correlationid", "causationid") and isinstance(value, str):
+            continue
+        if not HEADER_NAME.fullmatch(name) or name.lower() in ENVELOPE or not isinstance(value, str):
+            return f"headers.{name!a}: no name or no text of a header"
+    return None
+
+
+def _time(created_at: str) -> str:
+    """Return PostgreSQL's text of a time in UTC as RFC 3339."""
+    return created_at.replace(" ", "T", 1).replace("+00", "Z")
+
+
+def _waiting(lanes: list[str], event: list[Any]) -> Waiting:
+    place, _, row, event_id, type_, moment, priority, data, correlation, *more = event
+    headers = dict(zip(more[::2], more[1::2], strict=True))
+    key = headers.pop("subject", None)
+    if correlation is not None:
+        headers["correlationid"] = correlation
+    return Waiting(
+        id=int(row),
+        event_id=event_id,
+        stream=lanes[place - 2],
+        type=type_,
+        key=key,
+        priority=int(priority),
+        created_at=moment,
+        payload=data,
+        headers=json.dumps(headers) if headers else None,
+        attempts=0,
+        last_error=None,
+    )
+
+
+def _answer(answer: list[Any]) -> Answer:
+    word, rest = answer[0], answer[1:]
+    match word:
+        case b"OK":
+            return Added(
+                {part[0]: part[1].decode(errors="replace") for part in rest if len(part) == 2},
+                [part[0] for part in rest if len(part) == 1],
+            )
+        case b"AHEAD":
+            return Ahead([int(row) for row in rest[0].split()])
+        case b"BEHIND":
+            return Behind(rest[0])
+        case b"FENCED":
+            return Fenced(rest[0])
+        case b"GONE":
+            return Gone([lane.decode() for lane in rest])
+    raise RedisUnavailable(f"Redis: an answer that no script of the outbox gives: {word!r}")
