@@ -24,7 +24,10 @@ options = {
 }
 # Two deployments may migrate at once; the second waits here and finds nothing left to do. A migration
 # that waits for a table's lock holds up all who come after it, so it does not wait for long.
-PREPARE = ("SET LOCAL lock_timeout = '5s'", "SELECT pg_advisory_xact_lock(hashtext('outbox.migrate'))")
+PREPARE = (
+    "SELECT pg_advisory_xact_lock(hashtext('outbox.migrate'))",
+    "SET LOCAL lock_timeout = '5s'",
+)
 
 
 def prepare(execute) -> None:

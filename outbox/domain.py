@@ -48,7 +48,9 @@ class _Commands:
 
         def register(handler: H) -> H:
             if command in self._handlers:
-                raise InvalidCommand(f"{command.__name__} has a handler already: {self._handlers[command]!r}")
+                raise InvalidCommand(
+                    f"{command.__name__} has a handler already: {self._handlers[command]!r}"
+                )
             self._handlers[command] = handler
             return handler
 
@@ -58,7 +60,9 @@ class _Commands:
         try:
             return self._handlers[command.__class__]
         except KeyError:
-            raise InvalidCommand(f"{command.__class__.__name__} has no handler in this domain") from None
+            raise InvalidCommand(
+                f"{command.__class__.__name__} has no handler in this domain"
+            ) from None
 
     def _joined(self, runner: object) -> _Running | None:
         """Return the open transaction, unless it belongs to another thread or task: a session is for one."""

@@ -27,8 +27,7 @@ MAX_KEY = 1024  # characters of a key
 
 # Fields of a stream entry that the relay writes itself (CloudEvents 1.0 attributes, and ours).
 ENVELOPE = frozenset(
-    "specversion id source type subject time datacontenttype dataschema priority data "
-    "correlationid causationid".split()
+    ["specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "priority", "data", "correlationid", "causationid"]
 )
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_HEADERS = 64
@@ -162,12 +161,16 @@ def _kind_of(event: object, stream: str | None, type: str | None) -> EventType:
     if isinstance(event, dict):
         if stream is None or type is None:
             missing = "stream" if stream is None else "type"
-            raise InvalidEvent(f"{missing}: a dict needs a type and a stream: publish(..., {missing}=...)")
+            raise InvalidEvent(
+                f"{missing}: a dict needs a type and a stream: publish(..., {missing}=...)"
+            )
         kind = EventType(stream, type, None, MAX_BYTES, MAX_DEPTH)
     else:
         cls = event.__class__
         if cls not in _registered:
-            raise InvalidEvent(f"event: {cls.__name__} is no event; mark the class with @event(stream=...)")
+            raise InvalidEvent(
+                f"event: {cls.__name__} is no event; mark the class with @event(stream=...)"
+            )
         kind = _registered[cls]
         kind = kind._replace(stream=stream or kind.stream, type=type or kind.type)
     check_stream(kind.stream)
@@ -194,7 +197,8 @@ def _near(name: str, names: list[str]) -> str:
 def _payload(event: object, kind: EventType) -> dict[str, Any]:
     """Return the event's fields; what stands deeper is converted as it is encoded."""
     try:
-        return _fields(event)
+        fields: dict[str, Any] = _fields(event)
+        return fields
     except InvalidEvent:
         raise
     except Exception as error:  # a model's own serializers may raise anything
@@ -247,7 +251,9 @@ def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int)
     if "\\u0000" in text or text.count("{") + text.count("[") > max_depth:
         _raise_fault(payload, name, max_depth)
     if size > max_bytes:
-        raise InvalidEvent(f"{name}: {size} bytes are more than the {max_bytes} that an event may have")
+        raise InvalidEvent(
+            f"{name}: {size} bytes are more than the {max_bytes} that an event may have"
+        )
     return text
 
 
@@ -335,10 +341,14 @@ def _encode_headers(headers: Mapping[str, str]) -> str:
     if not isinstance(headers, Mapping):
         raise InvalidEvent(f"headers: a mapping of strings is needed, not {headers!r}")
     if len(headers) > MAX_HEADERS:
-        raise InvalidEvent(f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed")
+        raise InvalidEvent(
+            f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed"
+        )
     for name, value in headers.items():
         if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
-            raise InvalidEvent(f"headers: {name!r} is no name: 1 to 64 letters, digits or any of _ . -")
+            raise InvalidEvent(
+                f"headers: {name!r} is no name: 1 to 64 letters, digits or any of _ . -"
+            )
         if name.lower() in ENVELOPE:
             raise InvalidEvent(f"headers.{name}: the name belongs to the envelope of every event")
         if not isinstance(value, str):

@@ -8,7 +8,9 @@ from typing import TextIO
 from alembic import command
 from alembic.config import Config
 
-VERSION_TABLE = "outbox_alembic_version"  # of its own, so that it lives beside a service's migrations
+VERSION_TABLE = (
+    "outbox_alembic_version"  # of its own, so that it lives beside a service's migrations
+)
 
 
 def upgrade(

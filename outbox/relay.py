@@ -145,7 +145,7 @@ class Relay:
         if lead is None:
             return 0
         settings = self._settings
-        events = self._store.claim(settings.batch_size, settings.batch_bytes, lead.refused)
+        events = self._store.claim(lead, settings.batch_size, settings.batch_bytes)
         if not events:
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()
@@ -202,7 +202,9 @@ class Relay:
                     event.event_id, event.stream, attempts, error, extra={"action": "event_dead"},
                 )  # fmt: skip
             else:
-                wait = backoff_seconds(attempts, settings.backoff_seconds, settings.backoff_max_seconds)
+                wait = backoff_seconds(
+                    attempts, settings.backoff_seconds, settings.backoff_max_seconds
+                )
                 back.append(Refusal(event, error, wait))
                 log.warning(
                     "event %s of %s was refused, attempt %d: %s",
@@ -294,7 +296,9 @@ class Relay:
             return 1
         stands = expected if known is None else known
         log.error(
-            "Redis has lost %s: filling it from the journal", names, extra={"action": "streams_lost"}
+            "Redis has lost %s: filling it from the journal",
+            names,
+            extra={"action": "streams_lost"},
         )
         number = 0
         while (found := self._store.journal_after(number)) and found[0] <= stands:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
-    BigInteger,
     DateTime,
     SmallInteger,
     Text,
@@ -34,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSON, insert
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session, registry
 from sqlalchemy.orm.interfaces import MapperProperty
+from sqlalchemy.types import TypeEngine
 
 from outbox.errors import InvalidEvent
 from outbox.event import Recorded, encode
@@ -178,20 +178,23 @@ registry().map_imperatively(_Dirt, outbox)
 
 def _insert() -> Any:
     """Build the statement that inserts any number of events, in order, from an array a column."""
-    types = {
+    types: dict[str, TypeEngine[Any]] = {
         "event_id": Uuid(),
         "priority": SmallInteger(),
         "available_at": DateTime(timezone=True),
     }
     names = Recorded._fields
-    arrays = [bindparam(name, type_=ARRAY(types.get(name, Text()))) for name in names]
+    arrays: list[Any] = [bindparam(name, type_=ARRAY(types.get(name, Text()))) for name in names]
     rows = (
         func.unnest(*arrays)
-        .table_valued(*(column(name, types.get(name, Text())) for name in names), with_ordinality="n")
+        .table_valued(
+            *(column(name, types.get(name, Text())) for name in names), with_ordinality="n"
+        )
         .render_derived()
     )
     values = [
-        cast(rows.c[name], JSON) if name in ("payload", "headers") else rows.c[name] for name in names
+        cast(rows.c[name], JSON) if name in ("payload", "headers") else rows.c[name]
+        for name in names
     ]
     return (
         insert(outbox)

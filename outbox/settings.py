@@ -35,7 +35,9 @@ class Settings:
     database_url: str = _setting("", "PostgreSQL with the outbox; any SQLAlchemy URL")
     redis_url: str = _setting("redis://127.0.0.1:6379/0", "Redis with the streams")
     schema: str = _setting("public", "schema of the outbox's tables")
-    redis_prefix: str = _setting("outbox", "start of the state's key; {tag}:outbox in a Redis Cluster")
+    redis_prefix: str = _setting(
+        "outbox", "start of the state's key; {tag}:outbox in a Redis Cluster"
+    )
     lanes: Literal["on", "off"] = _setting("on", "off: one stream a name, whatever the priority")
     threshold: int = _setting(0, "priorities from here on go to the primary stream")
     backfill_suffix: str = _setting("backfill", "the backfill stream is <stream>:<suffix>")
@@ -45,12 +47,16 @@ class Settings:
     max_attempts: int = _setting(10, "refusals after which an event is a dead letter", 1)
     backoff_seconds: float = _setting(1.0, "pause after an event's first refusal; doubles", 0)
     backoff_max_seconds: float = _setting(300.0, "longest pause between an event's attempts", 0)
-    journal_retention_seconds: float = _setting(3600.0, "how long published batches can be sent again", 0)
+    journal_retention_seconds: float = _setting(
+        3600.0, "how long published batches can be sent again", 0
+    )
     on_redis_reset: Literal["replay", "halt"] = _setting(
         "replay", "when Redis comes back empty: send the journal again, or stop publishing"
     )
     takeover_seconds: float = _setting(5.0, "a frozen relay is replaced within this time", 1)
-    wake: Literal["auto", "poll"] = _setting("auto", "auto: LISTEN/NOTIFY where it works; poll: never")
+    wake: Literal["auto", "poll"] = _setting(
+        "auto", "auto: LISTEN/NOTIFY where it works; poll: never"
+    )
     poll_seconds: float = _setting(1.0, "longest pause between two looks at an idle outbox", 0.001)
 
     def __post_init__(self) -> None:
@@ -60,7 +66,9 @@ class Settings:
                 raise InvalidSetting(f"{field.name}: {value} is less than {least}, or not finite")
         for name in ("backfill_suffix", "redis_prefix"):
             if not STREAM_NAME.fullmatch(getattr(self, name)):
-                raise InvalidSetting(f"{name}: {getattr(self, name)!r} cannot be part of a key's name")
+                raise InvalidSetting(
+                    f"{name}: {getattr(self, name)!r} cannot be part of a key's name"
+                )
         if not self.schema or not self.source:
             raise InvalidSetting(f"{'source' if self.schema else 'schema'}: it is empty")
 
@@ -86,7 +94,9 @@ def load(
     values: dict[str, Any] = {}
     path = config or environ.get("OUTBOX_CONFIG")
     if path:
-        values |= {name: _parse(name, value, f"{path}: {name}") for name, value in _read(path).items()}
+        values |= {
+            name: _parse(name, value, f"{path}: {name}") for name, value in _read(path).items()
+        }
     for variable, text in environ.items():
         if variable.startswith(PREFIX) and not variable.startswith(OTHERS):
             name = variable.removeprefix(PREFIX).lower()
@@ -115,7 +125,7 @@ def _read(path: str) -> dict[str, Any]:
         raise InvalidSetting(f"config: {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSetting(f"config: {path} is no TOML: {error}") from None
-    content = content | content.pop("outbox", {})
+    content |= content.pop("outbox", {})
     for name in content:
         _known(name, f"{path}: {name}", str)
     return content
@@ -137,7 +147,9 @@ def _parse(name: str, value: Any, written: str) -> Any:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise InvalidSetting(f"{written}: {' or '.join(choices)} is needed, not {value!r}{hint}")
+            raise InvalidSetting(
+                f"{written}: {' or '.join(choices)} is needed, not {value!r}{hint}"
+            )
         return value
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise InvalidSetting(f"{written}: {_article(kind)} is needed, not {value!r}")

@@ -14,9 +14,9 @@ a transaction-pooling proxy.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString, NamedTuple
@@ -27,7 +27,6 @@ from psycopg import errors as pg
 from psycopg import sql
 from psycopg.rows import dict_row
 from sqlalchemy import make_url
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import ArgumentError
 
 from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable
@@ -50,7 +49,8 @@ SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synch
 """
 
 LEAD: LiteralString = """
-SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0)
+SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0),
+       pg_current_snapshot()::text, (clock_timestamp() - interval '1 second')::text
 FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED
 """
 
@@ -62,15 +62,28 @@ FREE: LiteralString = """
 """
 
 # `known` holds the priorities seen so far, highest first, each with the position where the claim last
-# stopped and the next lower one known. Of each: what follows the position, then the priorities in between.
+# stopped and the next lower one known. Of each: what follows the position, then the priorities in
+# between. No position is later than `since`: see `Positions`.
 # Rows are found in the order of the index, so the byte count runs in the order of the claim.
 CLAIM: LiteralString = """
+WITH since AS MATERIALIZED (
+    SELECT least(%(seen_at)s::timestamptz, (
+        SELECT min(began) FROM unnest(%(running)s::xid8[], %(began)s::timestamptz[]) AS t (xid, began)
+        WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
+    )) AS at
+)
 DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
     SELECT place FROM (
-        SELECT place, sum(bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM (
+        SELECT place, sum(bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+        FROM (
             SELECT due.place, due.bytes
-            FROM unnest(%(priority)s::int[], %(below)s::int[], %(created_at)s::timestamptz[], %(id)s::bigint[])
-                 AS known (priority, below, created_at, id)
+            FROM (
+                SELECT priority, below, least(created_at, (SELECT at FROM since)) AS created_at,
+                       CASE WHEN created_at > (SELECT at FROM since) THEN 0 ELSE id END AS id
+                FROM unnest(%(priority)s::int[], %(below)s::int[],
+                            %(created_at)s::timestamptz[], %(id)s::bigint[])
+                     AS position (priority, below, created_at, id)
+            ) AS known
             CROSS JOIN LATERAL (
                 (SELECT o.ctid AS place, pg_column_size(o.payload) AS bytes FROM {outbox} o
                  WHERE o.priority = known.priority
@@ -86,18 +99,6 @@ DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
     ) AS sized
     WHERE coalesce(before, 0) < %(bytes)s
 )) RETURNING {columns}
-"""
-
-BEHIND_POSITIONS: LiteralString = """
-SELECT EXISTS (
-    SELECT FROM unnest(%(priority)s::int[], %(created_at)s::timestamptz[], %(id)s::bigint[])
-                AS known (priority, created_at, id)
-    CROSS JOIN LATERAL (
-        SELECT FROM {outbox} o
-        WHERE o.priority = known.priority AND (o.created_at, o.id) <= (known.created_at, known.id) AND {due}
-        ORDER BY o.created_at, o.id LIMIT 1
-    ) AS late
-)
 """
 
 ADOPT: LiteralString = "DELETE FROM {outbox} WHERE id = ANY (%s) RETURNING {columns}"
@@ -140,16 +141,59 @@ DELETE FROM {journal} WHERE ctid = ANY (ARRAY(
 """
 
 HIGHER, LOWER = 32768, -32769  # beyond any smallint
-TOP = {"priority": [HIGHER], "below": [LOWER], "created_at": ["-infinity"], "id": [0]}
+EVER = "-infinity"
 
 
 class Lead(NamedTuple):
-    """What the leader's row says: the number of the last batch, whose outbox this is, and its state."""
+    """What the leader's row says, and what else is so at the start of a step."""
 
-    batch: int
+    batch: int  # number of the last batch
     outbox_id: str
     asleep: bool
     refused: bool  # some event waits for its retry
+    snapshot: str  # which transactions were running: xmin:xmax:xid,xid,...
+    seen_at: str  # the database's clock, less a second for a clock that is set back
+
+
+class Positions:
+    """Where the claim last stopped, priority by priority: a hint, so that it does not read dead rows again.
+
+    A row may be committed behind a position, by a transaction that was running when the position was
+    taken, and a later row of its key may follow at once. So a claim starts no later than the first write
+    of any transaction that has ended since the step before: the claim itself sees in its own snapshot
+    which have. One that is still running has added nothing yet; one that began later writes later rows.
+    A transaction's first write is no earlier than the last step that had not seen it.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[str, int]] = {}
+        self._running: dict[str, str] = {}  # transactions, and when they had not begun to write yet
+        self._seen_at = EVER
+
+    def forget(self) -> None:
+        """Let the next claim scan from the top."""
+        self._last.clear()
+
+    def parameters(self) -> dict[str, list[Any] | str]:
+        """Return the claim's parameters that say where it starts."""
+        known = sorted(self._last, reverse=True)
+        return {
+            "priority": [HIGHER, *known],
+            "below": [*known, LOWER],
+            "created_at": [EVER, *(self._last[priority][0] for priority in known)],
+            "id": [0, *(self._last[priority][1] for priority in known)],
+            "running": list(self._running),
+            "began": list(self._running.values()),
+            "seen_at": self._seen_at,
+        }
+
+    def moved(self, lead: Lead, events: Sequence[Waiting]) -> None:
+        """Remember a claim that `lead` came before."""
+        for event in events:
+            self._last[event.priority] = (event.created_at, event.id)
+        running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid]
+        self._running = {xid: self._running.get(xid, self._seen_at) for xid in running}
+        self._seen_at = lead.seen_at
 
 
 class Refusal(NamedTuple):
@@ -174,8 +218,9 @@ class Store:
         self._idle_ms = max(100, int(takeover_seconds * 600))
         self._connection: psycopg.Connection | None = None
         self._statements: dict[str, sql.Composed] = {}
-        self._positions: dict[int, tuple[str, int]] = {}
-        self._look_back_at = 0.0
+        self._positions = Positions()
+        self._from_top_at = 0.0
+        self._refused_before = False
         self._leader = f"{socket.gethostname()}:{os.getpid()}"
         self.prepare = True  # no prepared statements behind a transaction-pooling proxy
 
@@ -191,28 +236,30 @@ class Store:
         rows = self._run(LEAD)
         return Lead._make(rows[0]) if rows else None
 
-    def claim(self, rows: int, size: int, refused: bool) -> list[Waiting]:
+    def claim(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
 
-        They come in order: highest priority, then oldest, then lowest id. With `refused`, events that must
-        wait for a refused one of their key are passed over.
+        They come in order: highest priority, then oldest, then lowest id. While any event is refused,
+        those that must wait for one of their key are passed over.
         """
         started = time.monotonic()
-        looked_back = bool(self._positions) and started >= self._look_back_at
-        if looked_back and self._late(refused):
-            self.forget_positions()
-        found = self._run(CLAIM, self._scan() | {"rows": rows, "bytes": size}, free=refused)
-        if looked_back:
-            # While an old snapshot is held, looking back reads every dead row: a tenth of the time is its share.
-            self._look_back_at = time.monotonic() + 9 * (time.monotonic() - started)
+        from_top = started >= self._from_top_at or lead.refused or self._refused_before
+        if from_top:
+            self._positions.forget()
+        limits = {"rows": rows, "bytes": size}
+        found = self._run(CLAIM, self._positions.parameters() | limits, free=lead.refused)
+        if from_top:
+            # Rows that were not due, or not free, when a claim passed them are found from the top only.
+            # While an old snapshot is held, that reads every dead row: a tenth of the time is its share.
+            self._from_top_at = time.monotonic() + 9 * (time.monotonic() - started)
         events = in_order(found)
-        for event in events:
-            self._positions[event.priority] = (event.created_at, event.id)
+        self._positions.moved(lead, events)
+        self._refused_before = lead.refused
         return events
 
     def forget_positions(self) -> None:
         """Let the next claim scan from the top."""
-        self._positions.clear()
+        self._positions.forget()
 
     def adopt(self, ids: Sequence[int]) -> list[Waiting]:
         """Delete and return the events with these ids, in order: a dead leader has published them."""
@@ -285,7 +332,9 @@ class Store:
 
     def due(self) -> bool:
         """Return whether an event is due, whoever is going to publish it."""
-        return bool(self._read("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due}{free})", free=True)[0][0])
+        return bool(
+            self._read("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due}{free})", free=True)[0][0]
+        )
 
     def purge(self, retention_seconds: float) -> int:
         """Delete a few journal batches that are older; return how many."""
@@ -326,7 +375,10 @@ class Store:
         return self._connection
 
     def _check(self, connection: psycopg.Connection) -> None:
-        names = [f"{self._schema}.{name}" for name in ("outbox", "outbox_relay", "outbox_journal", "outbox_dead")]
+        names = [
+            f"{self._schema}.{name}"
+            for name in ("outbox", "outbox_relay", "outbox_journal", "outbox_dead")
+        ]
         row = connection.execute(
             "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool, "
             "(SELECT bool_and(to_regclass(quote_ident(%s) || '.' || quote_ident(name)) IS NOT NULL) "
@@ -340,7 +392,9 @@ class Store:
         if row[0]:
             raise Unsuitable("the PostgreSQL server is read-only: a replica, or in recovery")
         if not row[1]:
-            raise NotMigrated(f"the outbox has no tables in the schema {self._schema!r}; run: outbox-relay migrate")
+            raise NotMigrated(
+                f"the outbox has no tables in the schema {self._schema!r}; run: outbox-relay migrate"
+            )
         # A service that pulls `outbox.metadata` into its own history creates the table without its row.
         connection.execute(
             self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING")
@@ -358,7 +412,11 @@ class Store:
                     "dead": "outbox_dead",
                 }.items()
             }
-            due = sql.SQL(DUE) + sql.SQL(FREE).format(outbox=names["outbox"]) if free else sql.SQL(DUE)
+            due = (
+                sql.SQL(DUE) + sql.SQL(FREE).format(outbox=names["outbox"])
+                if free
+                else sql.SQL(DUE)
+            )
             self._statements[key] = sql.SQL(query).format(
                 **names,
                 due=due,
@@ -369,25 +427,14 @@ class Store:
             )
         return self._statements[key]
 
-    def _run(self, query: LiteralString, parameters: Any = None, free: bool = False) -> list[tuple[Any, ...]]:
+    def _run(
+        self, query: LiteralString, parameters: Any = None, free: bool = False
+    ) -> list[tuple[Any, ...]]:
         with self._translated():
             cursor = self._connected().execute(self._sql(query, free), parameters)
             return cursor.fetchall() if cursor.description else []
 
     _read = _run
-
-    def _late(self, refused: bool) -> bool:
-        return bool(self._run(BEHIND_POSITIONS, self._scan(), free=refused)[0][0])
-
-    def _scan(self) -> dict[str, list[Any]]:
-        """Return where the claim starts: from the top, or from the positions of the known priorities."""
-        known = sorted(self._positions, reverse=True)
-        return {
-            "priority": [HIGHER, *known],
-            "below": [*known, LOWER],
-            "created_at": ["-infinity", *(self._positions[priority][0] for priority in known)],
-            "id": [0, *(self._positions[priority][1] for priority in known)],
-        }
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -439,10 +486,15 @@ def connection_arguments(url: str, takeover_seconds: float) -> dict[str, Any]:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        raise InvalidSetting("database_url: this is no URL; an example: postgresql://user@host/name") from None
+        raise InvalidSetting(
+            "database_url: this is no URL; an example: postgresql://user@host/name"
+        ) from None
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise InvalidSetting(f"database_url: a URL of PostgreSQL is needed, not of {parsed.get_backend_name()}")
-    _, arguments = PGDialect_psycopg().create_connect_args(parsed)
+        raise InvalidSetting(
+            f"database_url: a URL of PostgreSQL is needed, not of {parsed.get_backend_name()}"
+        )
+    dialect = parsed.set(drivername="postgresql+psycopg").get_dialect()()
+    arguments = dict(dialect.create_connect_args(parsed)[1])
     seconds = max(1, round(takeover_seconds / 3))
     return {
         "connect_timeout": max(2, round(takeover_seconds)),

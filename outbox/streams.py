@@ -31,10 +31,7 @@ from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
 
 # States of the server, or a lack of rights to run the command at all: no event is to blame.
 # (Redis puts these words at the start of an error, or after "@user_script: 12: -" before version 7.)
-SERVER_STATES = (
-    "OOM READONLY LOADING MASTERDOWN CLUSTERDOWN MISCONF NOREPLICAS BUSY NOAUTH MOVED ASK TRYAGAIN "
-    "CROSSSLOT NOSCRIPT UNBLOCKED"
-).split()
+SERVER_STATES = ["OOM", "READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "NOREPLICAS", "BUSY", "NOAUTH", "MOVED", "ASK", "TRYAGAIN", "CROSSSLOT", "NOSCRIPT", "UNBLOCKED"]
 
 HEAD = (
     """
@@ -228,15 +225,21 @@ class Streams:
         except ValueError as error:
             raise InvalidSetting(f"redis_url: {error}") from None
         self._prefix = prefix
-        self._scripts = {script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)}
+        self._scripts = {
+            script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)
+        }
 
-    def publish(self, outbox_id: str, expected: int, batch: Batch, following: int | None = None) -> Answer:
+    def publish(
+        self, outbox_id: str, expected: int, batch: Batch, following: int | None = None
+    ) -> Answer:
         """Add a batch, if Redis stands at `expected`; it then stands at `following` (default: the next)."""
         number = expected + 1 if following is None else following
         answer = self._call(PUBLISH, outbox_id, batch, expected, number, batch.ids, batch.body)
         return _answer(answer)
 
-    def restore(self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch) -> Answer:
+    def restore(
+        self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch
+    ) -> Answer:
         """Add what a journal batch holds of a lane that was lost; with number 0, the lane is whole again."""
         return _answer(self._call(RESTORE, outbox_id, batch, expected, lane, number, batch.body))
 
@@ -268,9 +271,10 @@ class Streams:
         keys = [f"{self._prefix}:{outbox_id}", *batch.lanes]
         with self._translated():
             try:
-                return self._redis.evalsha(self._scripts[script], len(keys), *keys, *arguments)
+                answer = self._redis.evalsha(self._scripts[script], len(keys), *keys, *arguments)
             except redis.exceptions.NoScriptError:
-                return self._redis.eval(script, len(keys), *keys, *arguments)
+                answer = self._redis.eval(script, len(keys), *keys, *arguments)
+        return list(answer)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -294,7 +298,8 @@ def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], st
         name = lane(event.stream, event.priority)
         place = lanes.setdefault(name, len(lanes) + 2)
         group = 0
-        correlation, more = None, ()
+        correlation = None
+        more: tuple[str, ...] = ()
         if event.key is not None:
             group = groups.setdefault((event.stream, event.key), len(groups) + 1)
             more = ("subject", event.key)
@@ -335,7 +340,11 @@ def publishable(event: Waiting) -> str | None:
     for name, value in headers.items():
         if name in ("correlationid", "causationid") and isinstance(value, str):
             continue
-        if not HEADER_NAME.fullmatch(name) or name.lower() in ENVELOPE or not isinstance(value, str):
+        if (
+            not HEADER_NAME.fullmatch(name)
+            or name.lower() in ENVELOPE
+            or not isinstance(value, str)
+        ):
             return f"headers.{name!a}: no name or no text of a header"
     return None
 
