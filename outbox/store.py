@@ -32,6 +32,12 @@ from sqlalchemy.exc import ArgumentError
 from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable
 from outbox.event import Waiting
 
+TABLES = {
+    "outbox": "outbox",
+    "relay": "outbox_relay",
+    "journal": "outbox_journal",
+    "dead": "outbox_dead",
+}
 CHANNEL = "outbox"
 APPLICATION = "outbox-relay"
 
@@ -133,11 +139,13 @@ ON CONFLICT (event_id) DO UPDATE SET (attempts, reason, died_at)
     = (EXCLUDED.attempts, EXCLUDED.reason, EXCLUDED.died_at)
 """
 
+# Looks at the oldest only: the journal is in the order of its batches.
 PURGE: LiteralString = """
 DELETE FROM {journal} WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM {journal}
-    WHERE partition = 0 AND published_at < clock_timestamp() - %s * interval '1 second'
-    ORDER BY batch LIMIT 50))
+    SELECT ctid FROM (
+        SELECT ctid, published_at FROM {journal} WHERE partition = 0 ORDER BY batch LIMIT 50
+    ) AS oldest
+    WHERE published_at < clock_timestamp() - %s * interval '1 second'))
 """
 
 HIGHER, LOWER = 32768, -32769  # beyond any smallint
@@ -217,7 +225,7 @@ class Store:
         self._schema = schema
         self._idle_ms = max(100, int(takeover_seconds * 600))
         self._connection: psycopg.Connection | None = None
-        self._statements: dict[str, sql.Composed] = {}
+        self._statements: dict[tuple[str, bool], sql.Composed] = {}
         self._positions = Positions()
         self._from_top_at = 0.0
         self._refused_before = False
@@ -332,9 +340,8 @@ class Store:
 
     def due(self) -> bool:
         """Return whether an event is due, whoever is going to publish it."""
-        return bool(
-            self._read("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due}{free})", free=True)[0][0]
-        )
+        found = self._run("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due})", free=True)
+        return bool(found[0][0])
 
     def purge(self, retention_seconds: float) -> int:
         """Delete a few journal batches that are older; return how many."""
@@ -375,16 +382,12 @@ class Store:
         return self._connection
 
     def _check(self, connection: psycopg.Connection) -> None:
-        names = [
-            f"{self._schema}.{name}"
-            for name in ("outbox", "outbox_relay", "outbox_journal", "outbox_dead")
-        ]
         row = connection.execute(
             "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool, "
-            "(SELECT bool_and(to_regclass(quote_ident(%s) || '.' || quote_ident(name)) IS NOT NULL) "
+            "(SELECT bool_and(to_regclass(format('%%I.%%I', %s::text, name)) IS NOT NULL) "
             " FROM unnest(%s::text[]) AS name), "
             "current_setting('server_version_num')::int",
-            (self._schema, [name.rpartition(".")[2] for name in names]),
+            (self._schema, list(TABLES.values())),
         ).fetchone()
         assert row is not None
         if row[2] < 140000:
@@ -401,31 +404,18 @@ class Store:
         )
 
     def _sql(self, query: LiteralString, free: bool = False) -> sql.Composed:
-        key = f"{query}{free}"
-        if key not in self._statements:
-            names = {
-                name: sql.Identifier(self._schema, table)
-                for name, table in {
-                    "outbox": "outbox",
-                    "relay": "outbox_relay",
-                    "journal": "outbox_journal",
-                    "dead": "outbox_dead",
-                }.items()
-            }
-            due = (
-                sql.SQL(DUE) + sql.SQL(FREE).format(outbox=names["outbox"])
-                if free
-                else sql.SQL(DUE)
-            )
-            self._statements[key] = sql.SQL(query).format(
+        """Name the tables, and say what is due, in a statement; `free`: see FREE."""
+        if (query, free) not in self._statements:
+            names = {name: sql.Identifier(self._schema, table) for name, table in TABLES.items()}
+            due = sql.SQL(DUE) + (sql.SQL(FREE).format(**names) if free else sql.SQL(""))
+            self._statements[query, free] = sql.SQL(query).format(
                 **names,
                 due=due,
-                free=sql.SQL(""),
                 columns=sql.SQL(COLUMNS),
                 idle_ms=sql.Literal(self._idle_ms),
                 statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
             )
-        return self._statements[key]
+        return self._statements[query, free]
 
     def _run(
         self, query: LiteralString, parameters: Any = None, free: bool = False
@@ -433,8 +423,6 @@ class Store:
         with self._translated():
             cursor = self._connected().execute(self._sql(query, free), parameters)
             return cursor.fetchall() if cursor.description else []
-
-    _read = _run
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
