@@ -1,0 +1,65 @@
+# Everything a developer runs. `make` says what there is; each target makes what it needs.
+
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := -m pip --disable-pip-version-check install --progress-bar off
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-system test-sqlalchemy20 lint format wheel-check bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+demo: $(READY) ## the airports of the world, live bookings, and a relay that is killed on the way
+	@$(BIN)/outbox-relay demo
+
+test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
+	@$(PYTEST)
+
+test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine
+	@OUTBOX_TEST_SERVERS=system $(PYTEST)
+
+test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit and integration tests with SQLAlchemy 2.0
+	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit tests/integration
+
+lint: $(READY) ## ruff, mypy --strict, and who may import whom
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: $(READY) ## let ruff format and fix
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+wheel-check: $(READY) ## build the wheel, install it alone, and run it
+	@echo "Building the wheel ..."
+	@rm -rf dist $(VENV)-wheel && $(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	@echo "Installing it into an environment of its own ..."
+	@$(PYTHON) -m venv $(VENV)-wheel
+	@$(VENV)-wheel/bin/python $(PIP) --quiet -c constraints.txt dist/*.whl
+	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay --version
+	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay migrate --sql | grep -q 'CREATE TABLE public.outbox' && echo "The migrations are inside."
+
+bench: $(READY) ## events per second, against the plainest loop by hand
+	@$(BIN)/python bench/relay.py
+
+clean: ## remove what make has made
+	@rm -rf $(VENV) $(VENV)-sa20 $(VENV)-wheel dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with the venv module is needed; none was found on the PATH."; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing the package, PostgreSQL, Valkey and the tools (about 150 MB the first time) ..."
+	@$(BIN)/python $(PIP) --editable '.[dev]' -c constraints.txt | grep -vE '^(Requirement already|  )' || true
+	@$(BIN)/python -c 'import outbox, pytest, airportsdata'
+	@touch $@
+
+$(VENV)-sa20/.ready: pyproject.toml constraints.txt
+	@echo "Making $(VENV)-sa20 with SQLAlchemy 2.0 ..."
+	@$(PYTHON) -m venv $(VENV)-sa20
+	@grep -v -i '^sqlalchemy==' constraints.txt > $(VENV)-sa20/constraints.txt
+	@$(VENV)-sa20/bin/python $(PIP) --quiet --editable '.[dev]' 'SQLAlchemy==2.0.*' -c $(VENV)-sa20/constraints.txt
+	@touch $@
