@@ -7,6 +7,8 @@ from typing import TextIO
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import NullPool, create_engine, make_url
 
 VERSION_TABLE = (
     "outbox_alembic_version"  # of its own, so that it lives beside a service's migrations
@@ -27,6 +29,14 @@ def upgrade(
 def downgrade(url: str, *, schema: str = "public", revision: str = "base") -> None:
     """Take the tables back to `revision`, with all that they hold."""
     command.downgrade(_config(url, schema, None), revision)
+
+
+def revision_of(url: str, *, schema: str = "public") -> str | None:
+    """Return the revision at which the tables of the database at `url` stand; None: there are none."""
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection, opts=options).get_current_revision()
 
 
 def _config(url: str, schema: str, sql_to: TextIO | None) -> Config:

@@ -20,11 +20,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, LiteralString, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 from psycopg import errors as pg
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -146,6 +147,50 @@ DELETE FROM {journal} WHERE ctid = ANY (ARRAY(
         SELECT ctid, published_at FROM {journal} WHERE partition = 0 ORDER BY batch LIMIT 50
     ) AS oldest
     WHERE published_at < clock_timestamp() - %s * interval '1 second'))
+"""
+
+STATUS: LiteralString = """
+SELECT outbox_id::text, batch, leader, led_at, asleep, streams_lost, batches_lost, dead, batches, bytes,
+       extract(epoch FROM clock_timestamp() - published_at)::float8 AS journal_age
+FROM {relay},
+     (SELECT count(*) AS dead FROM {dead}) AS dead,
+     (SELECT count(*) AS batches, coalesce(sum(octet_length(body)), 0)::bigint AS bytes,
+             min(published_at) AS published_at FROM {journal}) AS journal
+WHERE partition = 0
+"""
+
+PENDING: LiteralString = """
+SELECT priority, stream, count(*) AS pending,
+       count(*) FILTER (WHERE attempts > 0) AS retrying,
+       count(*) FILTER (WHERE attempts = 0 AND available_at > clock_timestamp()) AS scheduled,
+       extract(epoch FROM clock_timestamp() - min(created_at) FILTER (
+           WHERE attempts > 0 OR available_at IS NULL OR available_at <= clock_timestamp()
+       ))::float8 AS oldest_seconds
+FROM {outbox} GROUP BY priority, stream ORDER BY priority DESC, stream
+"""
+
+DEAD_LIST: LiteralString = """
+SELECT event_id, stream, type, key, priority, created_at, died_at, attempts, reason
+FROM {dead} ORDER BY died_at DESC, event_id LIMIT %s
+"""
+DEAD_SHOW: LiteralString = """
+SELECT event_id, stream, type, key, priority, created_at, died_at, attempts, reason,
+       payload::text, headers::text
+FROM {dead} WHERE event_id = %s
+"""
+DEAD_DROP: LiteralString = """
+DELETE FROM {dead} WHERE %s::uuid[] IS NULL OR event_id = ANY (%s) RETURNING event_id
+"""
+DEAD_RETRY: LiteralString = """
+WITH gone AS (
+    DELETE FROM {dead} WHERE %s::uuid[] IS NULL OR event_id = ANY (%s) RETURNING *
+), back AS (
+    INSERT INTO {outbox} (event_id, stream, type, key, priority, created_at, payload, headers)
+    SELECT event_id, stream, type, key, priority, created_at, payload, headers
+    FROM gone ORDER BY created_at, event_id
+    ON CONFLICT (event_id) DO NOTHING
+)
+SELECT event_id FROM gone
 """
 
 HIGHER, LOWER = 32768, -32769  # beyond any smallint
@@ -360,11 +405,38 @@ class Store:
             listener.close()
             return None
 
-    def rows(self, query: LiteralString, parameters: Any = None) -> list[dict[str, Any]]:
-        """Run one statement of the command line, outside of any step; tables are named in braces."""
-        with self._translated(), self._connected().cursor(row_factory=dict_row) as cursor:
-            cursor.execute(self._sql(query), parameters)
-            return cursor.fetchall() if cursor.description else []
+    # -- the command line -------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Return the state of the leader, the journal and the dead letters; reads no event."""
+        return self._dicts(STATUS)[0]
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Return what waits, by priority and stream, highest first.
+
+        One pass over the table, which holds pending events only: 0.3 s for a million of them.
+        """
+        return self._dicts(PENDING)
+
+    def dead_list(self, limit: int) -> list[dict[str, Any]]:
+        """Return the newest dead letters, without what they carry."""
+        return self._dicts(DEAD_LIST, (limit,))
+
+    def dead_show(self, event_id: UUID) -> dict[str, Any] | None:
+        """Return a dead letter with its payload and headers as text, byte for byte."""
+        rows = self._dicts(DEAD_SHOW, (event_id,))
+        return rows[0] if rows else None
+
+    def dead_retry(self, event_ids: Sequence[UUID] | None) -> list[UUID]:
+        """Move dead letters (None: all) back to the outbox, with all attempts; return their ids.
+
+        One that is pending again already is pending once.
+        """
+        return [row["event_id"] for row in self._dicts(DEAD_RETRY, (event_ids,) * 2)]
+
+    def dead_drop(self, event_ids: Sequence[UUID] | None) -> list[UUID]:
+        """Delete dead letters (None: all) for good; return their ids."""
+        return [row["event_id"] for row in self._dicts(DEAD_DROP, (event_ids,) * 2)]
 
     # -- inside -----------------------------------------------------------------------------------------
 
@@ -423,6 +495,10 @@ class Store:
         with self._translated():
             cursor = self._connected().execute(self._sql(query, free), parameters)
             return cursor.fetchall() if cursor.description else []
+
+    def _dicts(self, query: LiteralString, parameters: Any = None) -> list[dict[str, Any]]:
+        with self._translated(), self._connected().cursor(row_factory=dict_row) as cursor:
+            return cursor.execute(self._sql(query), parameters).fetchall()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -483,6 +559,10 @@ def connection_arguments(url: str, takeover_seconds: float) -> dict[str, Any]:
         )
     dialect = parsed.set(drivername="postgresql+psycopg").get_dialect()()
     arguments = dict(dialect.create_connect_args(parsed)[1])
+    try:
+        make_conninfo(**arguments)
+    except psycopg.ProgrammingError as error:
+        raise InvalidSetting(f"database_url: {first_line(error)}") from None
     seconds = max(1, round(takeover_seconds / 3))
     return {
         "connect_timeout": max(2, round(takeover_seconds)),

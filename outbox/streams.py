@@ -17,6 +17,7 @@ for each key (0: no key), so that the script can hold back what must not pass a 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from redis.retry import Retry
 
 from outbox.errors import InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
 from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
+
+log = logging.getLogger("outbox.streams")
 
 # States of the server, or a lack of rights to run the command at all: no event is to blame.
 # (Redis puts these words at the start of an error, or after "@user_script: 12: -" before version 7.)
@@ -222,9 +225,15 @@ class Streams:
                 decode_responses=False,
                 client_name="outbox-relay",
             )
-        except ValueError as error:
-            raise InvalidSetting(f"redis_url: {error}") from None
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
+        except (ValueError, TypeError):
+            # What is wrong with it is not said: it may be a part of the password.
+            raise InvalidSetting(
+                "redis_url: this is no URL, or has an option that is none of redis-py's"
+            ) from None
         self._prefix = prefix
+        self._warned = False
         self._scripts = {
             script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)
         }
@@ -244,9 +253,18 @@ class Streams:
         return _answer(self._call(RESTORE, outbox_id, batch, expected, lane, number, batch.body))
 
     def check(self) -> None:
-        """Make sure that this Redis keeps streams. Raises Unsuitable with the reason."""
+        """Make sure that this Redis keeps streams, as far as it tells. Raises Unsuitable with the reason."""
+        policy = None
         with self._translated():
-            policy = self._redis.info("memory").get("maxmemory_policy")
+            try:
+                policy = self._redis.info("memory").get("maxmemory_policy")
+            except redis.ResponseError as error:  # no right to ask: no reason not to publish
+                if not self._warned:
+                    log.warning(
+                        "the maxmemory-policy of Redis cannot be read, make sure that it is noeviction: %s",
+                        error, extra={"action": "redis_policy_unknown"},
+                    )  # fmt: skip
+                self._warned = True
         if policy in EVICTING:
             raise Unsuitable(
                 f"Redis may evict streams: its maxmemory-policy is {policy}; set it to noeviction "
@@ -254,14 +272,30 @@ class Streams:
             )
 
     def server(self) -> dict[str, Any]:
-        """Return what INFO says of the server."""
+        """Return what INFO says of the server; nothing where we have no right to ask."""
         with self._translated():
-            return dict(self._redis.info())
+            try:
+                return dict(self._redis.info())
+            except redis.ResponseError:
+                return {}
 
-    def lengths(self, lanes: Sequence[str]) -> dict[str, int]:
-        """Return the number of entries in each lane; 0 where there is no stream."""
+    def state(self, outbox_id: str) -> tuple[int, list[str]]:
+        """Return the number of the last batch that Redis knows, and the lanes it has added to."""
         with self._translated():
-            return {lane: int(self._redis.xlen(lane)) for lane in lanes}
+            state: dict[Any, Any] = self._redis.hgetall(f"{self._prefix}:{outbox_id}")
+        lanes = [name[5:].decode() for name in state if name.startswith(b"last:")]
+        return int(state.get(b"batch", 0)), sorted(lanes)
+
+    def lengths(self, lanes: Sequence[str]) -> dict[str, int | None]:
+        """Return the number of entries in each lane: 0 where there is no key, None where it is no stream."""
+        with self._translated():
+            return {lane: self._length(lane) for lane in lanes}
+
+    def _length(self, lane: str) -> int | None:
+        try:
+            return int(self._redis.xlen(lane))
+        except redis.ResponseError:
+            return None
 
     def close(self) -> None:
         """Drop the connection; the next call opens another."""
@@ -283,7 +317,7 @@ class Streams:
             yield
         except redis.RedisError as error:
             self.close()
-            raise RedisUnavailable(f"Redis: {error}") from error
+            raise RedisUnavailable(f"Redis: {str(error).rstrip('.')}") from error
         except BaseException:
             self.close()
             raise
