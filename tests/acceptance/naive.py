@@ -1,0 +1,46 @@
+"""The control: the relay of the textbook, which the harness must catch.
+
+It claims with SKIP LOCKED, adds to Redis with redis-py's pipeline and its defaults, deletes, commits.
+With `after publish` as its argument it kills itself between the pipeline and the commit.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import psycopg
+import redis
+
+CLAIM = """
+SELECT id, event_id::text, stream, type, key, priority, payload::text FROM outbox
+ORDER BY priority DESC, created_at, id LIMIT 50 FOR UPDATE SKIP LOCKED
+"""
+
+
+def step(connection: psycopg.Connection, client: redis.Redis, die: bool) -> int:
+    rows = connection.execute(CLAIM).fetchall()
+    with client.pipeline(transaction=False) as pipeline:
+        for _, event_id, stream, type_, key, priority, payload in rows:
+            lane = stream if priority >= 0 else f"{stream}:backfill"
+            fields = {"id": event_id, "type": type_, "subject": key, "priority": priority, "data": payload}
+            pipeline.xadd(lane, fields)
+        pipeline.execute()
+    if die and rows:
+        os.kill(os.getpid(), signal.SIGKILL)
+    connection.execute("DELETE FROM outbox WHERE id = ANY (%s)", ([row[0] for row in rows],))
+    connection.commit()
+    return len(rows)
+
+
+def main() -> None:
+    url = os.environ["OUTBOX_DATABASE_URL"].replace("+psycopg", "")
+    client = redis.Redis.from_url(os.environ["OUTBOX_REDIS_URL"])
+    with psycopg.connect(url) as connection:
+        while True:
+            if not step(connection, client, die=sys.argv[1:] == ["after publish"]):
+                time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""kill -9 of the relay under load: nothing lost, repeated or reordered; and the control, which repeats."""
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.acceptance.die_at import POINTS
+from tests.acceptance.harness import Entry, Findings, Harness, compare
+
+KILLS = int(os.environ.get("OUTBOX_KILLS", "12"))
+
+
+@pytest.fixture
+def harness(database_url: str, redis_url: str) -> Iterator[Harness]:
+    with Harness(database_url, redis_url) as harness:
+        yield harness
+
+
+def test_the_oracle_sees_each_kind_of_fault():
+    def lane(*events: str) -> list[Entry]:
+        return [Entry(event_id, "k", 0, int(event_id[1:])) for event_id in events]
+
+    assert compare(["e1", "e2"], [lane("e1", "e2")]).faults() == (0, 0, 0, 0)
+    assert compare(["e1", "e2"], [lane("e1")]) == Findings(
+        2, 1, lost=1, repeated=0, phantom=0, out_of_order=0
+    )
+    assert compare(["e1"], [lane("e1", "e1")]).repeated == 1
+    assert compare(["e1"], [lane("e1"), lane("e1")]).repeated == 1
+    assert compare([], [lane("e1")]).phantom == 1
+    assert compare(["e1", "e2"], [lane("e2", "e1")]).out_of_order == 1
+    assert compare(["e1"], [[]], ["e1"]).lost == 0
+
+
+def test_killed_at_any_time(harness):
+    chance = random.Random(7)
+    with harness.writing():
+        for _ in range(KILLS):
+            with harness.relay() as relay:
+                harness.wait_for_progress(chance.randint(1, 2000))
+                relay.kill()
+    findings = harness.settle()
+    print(f"{KILLS} kills: {findings}")
+    assert findings.committed > 50 * KILLS
+    assert findings.faults() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in ("in adopt", "in rollback")])
+def test_killed_at_a_point_of_its_step(harness, point):
+    with harness.writing():
+        for _ in range(2):
+            with harness.relay(die_at=point, journal_retention_seconds=0.1) as relay:
+                assert relay.wait_for_death() == -9
+        with harness.relay() as relay:
+            harness.wait_for_progress(100)
+            adopted = "batch_adopted" in relay.log
+    assert adopted == (point in ("after publish", "after journal"))
+    assert harness.settle().faults() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("point", ["in adopt", "in rollback"])
+def test_killed_again_while_it_adopts(harness, point):
+    with harness.writing():
+        for die_at in ("after publish", point):
+            with harness.relay(die_at=die_at) as relay:
+                assert relay.wait_for_death() == -9
+        with harness.relay() as relay:
+            harness.wait_for_progress(100)
+            assert "batch_adopted" in relay.log
+    assert harness.settle().faults() == (0, 0, 0, 0)
+
+
+def test_the_control_repeats_what_it_published_before_it_was_killed(harness):
+    with harness.writing():
+        for _ in range(3):
+            with harness.relay(naive=True, die_at="after publish") as relay:
+                assert relay.wait_for_death() == -9
+    assert harness.settle(naive=True).repeated > 0
+
+
+@pytest.mark.skipif("OUTBOX_KILLS" not in os.environ, reason="set OUTBOX_KILLS, to 50 say")
+def test_the_control_repeats_when_it_is_killed_at_any_time(harness):
+    chance = random.Random(7)
+    with harness.writing():
+        for _ in range(KILLS):
+            with harness.relay(naive=True) as relay:
+                harness.wait_for_progress(chance.randint(1, 2000))
+                relay.kill()
+    findings = harness.settle(naive=True)
+    print(f"{KILLS} kills of the control: {findings}")
+    assert findings.repeated > 0
