@@ -2,7 +2,7 @@
 
     with Harness(database_url, redis_url) as harness, harness.writing():
         with harness.relay() as relay:
-            harness.wait_for_progress()
+            relay.wait_for(harness.entries)
             relay.kill()
     findings = harness.settle()
 
@@ -124,6 +124,16 @@ class RelayProcess:
         self.process.kill()
         self.process.wait()
 
+    def wait_for(self, count: Callable[[], int], more: int = 1) -> None:
+        """Block until a count has grown by that much; fail at once when the relay has died."""
+        start = count()
+
+        def grown() -> bool:
+            assert self.process.poll() is None, f"the relay has died; its log:\n{self.log}"
+            return count() >= start + more
+
+        wait_until(grown, f"{more} more")
+
     def wait_for_death(self) -> int:
         """Block until the process has ended by itself; return its status (-9: killed by signal 9)."""
         try:
@@ -207,11 +217,6 @@ class Harness:
     def entries(self) -> int:
         """Return the number of entries in both lanes."""
         return sum(self.redis.xlen(lane) for lane in LANES)
-
-    def wait_for_progress(self, entries: int = 1) -> None:
-        """Block until that many entries have been added since the call."""
-        before = self.entries()
-        wait_until(lambda: self.entries() >= before + entries, "the relay's progress")
 
     # -- the oracle -------------------------------------------------------------------------------------
 

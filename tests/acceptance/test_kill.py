@@ -9,7 +9,7 @@ import pytest
 from tests.acceptance.die_at import POINTS
 from tests.acceptance.harness import Entry, Findings, Harness, compare
 
-KILLS = int(os.environ.get("OUTBOX_KILLS", "12"))
+KILLS = int(os.environ.get("OUTBOX_TEST_KILLS", "12"))
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_killed_at_any_time(harness):
     with harness.writing():
         for _ in range(KILLS):
             with harness.relay() as relay:
-                harness.wait_for_progress(chance.randint(1, 2000))
+                relay.wait_for(harness.entries, chance.randint(1, 2000))
                 relay.kill()
     findings = harness.settle()
     print(f"{KILLS} kills: {findings}")
@@ -53,7 +53,7 @@ def test_killed_at_a_point_of_its_step(harness, point):
             with harness.relay(die_at=point, journal_retention_seconds=0.1) as relay:
                 assert relay.wait_for_death() == -9
         with harness.relay() as relay:
-            harness.wait_for_progress(100)
+            relay.wait_for(harness.entries, 100)
             adopted = "batch_adopted" in relay.log
     assert adopted == (point in ("after publish", "after journal"))
     assert harness.settle().faults() == (0, 0, 0, 0)
@@ -66,7 +66,7 @@ def test_killed_again_while_it_adopts(harness, point):
             with harness.relay(die_at=die_at) as relay:
                 assert relay.wait_for_death() == -9
         with harness.relay() as relay:
-            harness.wait_for_progress(100)
+            relay.wait_for(harness.entries, 100)
             assert "batch_adopted" in relay.log
     assert harness.settle().faults() == (0, 0, 0, 0)
 
@@ -79,13 +79,13 @@ def test_the_control_repeats_what_it_published_before_it_was_killed(harness):
     assert harness.settle(naive=True).repeated > 0
 
 
-@pytest.mark.skipif("OUTBOX_KILLS" not in os.environ, reason="set OUTBOX_KILLS, to 50 say")
+@pytest.mark.skipif("OUTBOX_TEST_KILLS" not in os.environ, reason="set OUTBOX_TEST_KILLS, to 50 say")
 def test_the_control_repeats_when_it_is_killed_at_any_time(harness):
     chance = random.Random(7)
     with harness.writing():
         for _ in range(KILLS):
             with harness.relay(naive=True) as relay:
-                harness.wait_for_progress(chance.randint(1, 2000))
+                relay.wait_for(harness.entries, chance.randint(1, 2000))
                 relay.kill()
     findings = harness.settle(naive=True)
     print(f"{KILLS} kills of the control: {findings}")
