@@ -85,6 +85,7 @@ class Relay:
         purger.start()
         while not self.stop.is_set():
             try:
+                self._listen()
                 moved = self.run_once()
             except OutboxError as error:
                 self._back_off(error)
@@ -162,13 +163,11 @@ class Relay:
 
     def _lead(self, expected: int | None = None) -> Lead | None:
         """Begin a step as the leader, or end it: another leads, or has led since (see `expected`)."""
-        self._store.begin()
-        lead = self._store.lead()
+        self._leading = self._store.begin()
+        lead = self._store.lead() if self._leading else None
         if lead is None or expected not in (None, lead.batch):
             self._store.rollback()
-            self._leading = lead is not None
             return None
-        self._leading = True
         return lead
 
     def _settle(
@@ -202,9 +201,7 @@ class Relay:
                     event.event_id, event.stream, attempts, error, extra={"action": "event_dead"},
                 )  # fmt: skip
             else:
-                wait = backoff_seconds(
-                    attempts, settings.backoff_seconds, settings.backoff_max_seconds
-                )
+                wait = backoff_seconds(attempts, settings.backoff_seconds, settings.backoff_max_seconds)
                 back.append(Refusal(event, error, wait))
                 log.warning(
                     "event %s of %s was refused, attempt %d: %s",
@@ -271,7 +268,8 @@ class Relay:
                     self._store.rollback()
                     return self._fill(expected, answer.lanes, known)
                 raise Unavailable(f"Redis has changed while batches were sent again: {answer}")
-            self._bury_all(events, answer.refused)
+            behind = dict.fromkeys(answer.held, "behind an event of its key that was refused")
+            self._bury_all(events, behind | answer.refused)
             lost += number - known - 1 if body is not EMPTY.body else number - known
             known = number
         if lost:
@@ -302,18 +300,26 @@ class Relay:
         )
         number = 0
         while (found := self._store.journal_after(number)) and found[0] <= stands:
+            if self.stop.is_set():
+                self._store.commit()
+                return 0  # Redis remembers how far we have come
             number = found[0]
             batch, events = decode(found[1])
             for lane in {*lanes} & {*batch.lanes}:
-                answer = self._streams.restore(lead.outbox_id, stands, lane, number, batch)
-                if not isinstance(answer, Added):
-                    raise Unavailable(f"Redis has changed while {lane} was filled: {answer}")
-                self._bury_all(events, answer.refused)
+                self._restore(lead, stands, lane, number, batch, events)
         for lane in lanes:
-            self._streams.restore(lead.outbox_id, stands, lane, 0, EMPTY)
+            self._restore(lead, stands, lane, 0, EMPTY._replace(lanes=[lane]), [])
         self._store.count_losses(streams=len(lanes))
         self._store.commit()
         return 1
+
+    def _restore(
+        self, lead: Lead, stands: int, lane: str, number: int, batch: Batch, events: Sequence[Waiting]
+    ) -> None:
+        answer = self._streams.restore(lead.outbox_id, stands, lane, number, batch)
+        if not isinstance(answer, Added):
+            raise Unavailable(f"Redis has changed while {lane} was filled: {answer}")
+        self._bury_all(events, answer.refused)
 
     def _bury_all(self, events: Sequence[Waiting], refused: dict[int, str]) -> None:
         for place, error in refused.items():
@@ -327,7 +333,6 @@ class Relay:
             self.stop.wait(self._settings.takeover_seconds * random.uniform(0.05, 0.1))
             return
         self._empty_steps += 1
-        self._listen()
         if self._empty_steps <= 2:
             # After the first empty step, more may be on its way; after the second, we have just said that
             # we sleep, and who committed before that has not notified.
@@ -348,8 +353,6 @@ class Relay:
         except DatabaseUnavailable:
             return
         if self._listener is None:
-            self._store.prepare = False
-            self._store.close()
             self._listen_again = Every(float("inf"))
             self._listen_again.due()
             log.warning(

@@ -41,6 +41,7 @@ TABLES = {
 }
 CHANNEL = "outbox"
 APPLICATION = "outbox-relay"
+PREPARE_AFTER = 5  # executions of a statement
 
 # The plan of a queue must not depend on statistics that were gathered while it was empty: the claim walks
 # its index. A relay that is frozen or cut off loses its lock by the timeouts. A commit of the relay is
@@ -52,13 +53,15 @@ SET LOCAL statement_timeout = {statement_ms}; SET LOCAL tcp_user_timeout = {idle
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
 SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off;
-SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'
+SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';
+SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED
 """
 
+# A statement of its own after the lock: its snapshot has all that the leader before has committed.
 LEAD: LiteralString = """
 SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0),
-       pg_current_snapshot()::text, (clock_timestamp() - interval '1 second')::text
-FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED
+       pg_current_snapshot()::text, (statement_timestamp() - interval '1 second')::text
+FROM {relay} WHERE partition = 0
 """
 
 # Due, and not behind a refused event of its key. The second part is left out while nothing is refused.
@@ -92,12 +95,12 @@ DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
                      AS position (priority, below, created_at, id)
             ) AS known
             CROSS JOIN LATERAL (
-                (SELECT o.ctid AS place, pg_column_size(o.payload) AS bytes FROM {outbox} o
+                (SELECT o.ctid AS place, {size} AS bytes FROM {outbox} o
                  WHERE o.priority = known.priority
                    AND (o.created_at, o.id) > (known.created_at, known.id) AND {due}
                  ORDER BY o.created_at, o.id LIMIT %(rows)s)
                 UNION ALL
-                (SELECT o.ctid AS place, pg_column_size(o.payload) AS bytes FROM {outbox} o
+                (SELECT o.ctid AS place, {size} AS bytes FROM {outbox} o
                  WHERE o.priority < known.priority AND o.priority > known.below AND {due}
                  ORDER BY o.priority DESC, o.created_at, o.id LIMIT %(rows)s)
             ) AS due
@@ -105,10 +108,11 @@ DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
         ) AS first
     ) AS sized
     WHERE coalesce(before, 0) < %(bytes)s
-)) RETURNING {columns}
+)) RETURNING (SELECT at::text FROM since), {columns}
 """
 
 ADOPT: LiteralString = "DELETE FROM {outbox} WHERE id = ANY (%s) RETURNING {columns}"
+SIZE: LiteralString = "pg_column_size(o.payload) + coalesce(pg_column_size(o.headers), 0)"
 COLUMNS: LiteralString = (
     "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
     "attempts, last_error"
@@ -240,10 +244,17 @@ class Positions:
             "seen_at": self._seen_at,
         }
 
-    def moved(self, lead: Lead, events: Sequence[Waiting]) -> None:
-        """Remember a claim that `lead` came before."""
+    def moved(self, lead: Lead, events: Sequence[Waiting], since: str, full: bool) -> None:
+        """Remember a claim that `lead` came before, and that started no later than `since`.
+
+        One that was full has not come to the priorities below its last: there, what ended transactions
+        have written behind the position is still to be found.
+        """
         for event in events:
             self._last[event.priority] = (event.created_at, event.id)
+        if full:
+            for priority in self._last.keys() & range(LOWER, events[-1].priority):
+                self._last[priority] = min(self._last[priority], (since, 0))
         running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid]
         self._running = {xid: self._running.get(xid, self._seen_at) for xid in running}
         self._seen_at = lead.seen_at
@@ -275,19 +286,24 @@ class Store:
         self._from_top_at = 0.0
         self._refused_before = False
         self._leader = f"{socket.gethostname()}:{os.getpid()}"
-        self.prepare = True  # no prepared statements behind a transaction-pooling proxy
+        self._session_is_ours = False  # unknown: no prepared statements behind a transaction-pooling proxy
 
     # -- the step ---------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Open the transaction of a step, connecting first if need be."""
-        with self._translated():
-            self._connected().execute(self._sql(BEGIN), prepare=False)
+    def begin(self) -> bool:
+        """Open the transaction of a step, connecting first if need be; return whether we lead.
 
-    def lead(self) -> Lead | None:
-        """Lock the leader's row and return what it says, or None while another relay holds it."""
-        rows = self._run(LEAD)
-        return Lead._make(rows[0]) if rows else None
+        The leader's row is locked from here to the end of the step, unless another relay holds it.
+        """
+        with self._translated():
+            cursor = self._connected().execute(self._sql(BEGIN), prepare=False)
+            while cursor.nextset():
+                pass
+            return cursor.rowcount == 1
+
+    def lead(self) -> Lead:
+        """Return what the leader's row says."""
+        return Lead._make(self._run(LEAD)[0])
 
     def claim(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
@@ -305,8 +321,10 @@ class Store:
             # Rows that were not due, or not free, when a claim passed them are found from the top only.
             # While an old snapshot is held, that reads every dead row: a tenth of the time is its share.
             self._from_top_at = time.monotonic() + 9 * (time.monotonic() - started)
-        events = in_order(found)
-        self._positions.moved(lead, events)
+        events = in_order(row[1:] for row in found)
+        since = found[0][0] if found else EVER
+        full = len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
+        self._positions.moved(lead, events, since, full)
         self._refused_before = lead.refused
         return events
 
@@ -320,9 +338,7 @@ class Store:
 
     def record_batch(self, batch: int, events: int, body: bytes) -> None:
         """Write the batch into the journal and move the leader's row to it."""
-        self._run(
-            RECORD_BATCH, {"batch": batch, "events": events, "body": body, "leader": self._leader}
-        )
+        self._run(RECORD_BATCH, {"batch": batch, "events": events, "body": body, "leader": self._leader})
 
     def put_back(self, refusals: Iterable[Refusal]) -> None:
         """Insert claimed events again: those with an error count one attempt more and wait for their retry."""
@@ -362,13 +378,13 @@ class Store:
 
     def rollback(self) -> None:
         """Give the step up; drop the connection where that is not possible. Raises nothing."""
+        self.forget_positions()  # the claimed rows are back, behind the positions
         if self._connection is None:
             return
         try:
             self._connection.execute("ROLLBACK", prepare=False)
         except psycopg.Error:
             self.close()
-        self.forget_positions()  # the claimed rows are back, behind the positions
 
     def close(self) -> None:
         """Close the connection; the next step opens another."""
@@ -395,15 +411,24 @@ class Store:
             return self._connected().execute(query, (retention_seconds,)).rowcount
 
     def listen(self) -> Listener | None:
-        """Return a listener for the wake-up, or None where a notification does not come through."""
+        """Return a listener for the wake-up, or None where a notification does not come through.
+
+        Where it does, the session is ours alone, and statements are prepared from now on.
+        """
         with self._translated():
-            listener = Listener(psycopg.connect(**self._connect_to, autocommit=True))
-            probe = uuid4().hex
-            self._connected().execute("SELECT pg_notify(%s, %s)", (CHANNEL, probe))
-            if listener.hears(probe):
-                return listener
-            listener.close()
-            return None
+            connection = psycopg.connect(**self._connect_to, autocommit=True)
+            heard = False
+            try:
+                listener = Listener(connection)
+                probe = uuid4().hex
+                self._connected().execute("SELECT pg_notify(%s, %s)", (CHANNEL, probe))
+                heard = listener.hears(probe)
+            finally:
+                if not heard:
+                    connection.close()
+            self._session_is_ours = heard
+            self._connected().prepare_threshold = PREPARE_AFTER if heard else None
+            return listener if heard else None
 
     # -- the command line -------------------------------------------------------------------------------
 
@@ -442,9 +467,8 @@ class Store:
 
     def _connected(self) -> psycopg.Connection:
         if self._connection is None:
-            connection = psycopg.connect(
-                **self._connect_to, autocommit=True, prepare_threshold=5 if self.prepare else None
-            )
+            threshold = PREPARE_AFTER if self._session_is_ours else None
+            connection = psycopg.connect(**self._connect_to, autocommit=True, prepare_threshold=threshold)
             try:
                 self._check(connection)
             except BaseException:
@@ -471,9 +495,7 @@ class Store:
                 f"the outbox has no tables in the schema {self._schema!r}; run: outbox-relay migrate"
             )
         # A service that pulls `outbox.metadata` into its own history creates the table without its row.
-        connection.execute(
-            self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING")
-        )
+        connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
 
     def _sql(self, query: LiteralString, free: bool = False) -> sql.Composed:
         """Name the tables, and say what is due, in a statement; `free`: see FREE."""
@@ -484,14 +506,13 @@ class Store:
                 **names,
                 due=due,
                 columns=sql.SQL(COLUMNS),
+                size=sql.SQL(SIZE),
                 idle_ms=sql.Literal(self._idle_ms),
                 statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
             )
         return self._statements[query, free]
 
-    def _run(
-        self, query: LiteralString, parameters: Any = None, free: bool = False
-    ) -> list[tuple[Any, ...]]:
+    def _run(self, query: LiteralString, parameters: Any = None, free: bool = False) -> list[tuple[Any, ...]]:
         with self._translated():
             cursor = self._connected().execute(self._sql(query, free), parameters)
             return cursor.fetchall() if cursor.description else []

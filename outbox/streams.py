@@ -5,7 +5,7 @@
 | `<prefix>:<outbox id>` | hash | the state: what Redis knows of the outbox |
 | ... `batch` | | number of the last batch that was added |
 | ... `ids` | | the rows of that batch that were added, for a successor to adopt |
-| ... `last:<lane>` | | the newest entry that was added to the lane |
+| ... `last:<lane>` | | the newest entry that was added to the lane, and how many it had had by then |
 | ... `restored:<lane>` | | while a lost lane is filled again: the last journal batch added |
 | `<stream>`, `<stream>:backfill` | stream | the lanes; an entry is a CloudEvents 1.0 event in binary mode |
 
@@ -34,26 +34,54 @@ log = logging.getLogger("outbox.streams")
 
 # States of the server, or a lack of rights to run the command at all: no event is to blame.
 # (Redis puts these words at the start of an error, or after "@user_script: 12: -" before version 7.)
-SERVER_STATES = ["OOM", "READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "NOREPLICAS", "BUSY", "NOAUTH", "MOVED", "ASK", "TRYAGAIN", "CROSSSLOT", "NOSCRIPT", "UNBLOCKED"]
+SERVER_STATES = (
+    "OOM", "READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "NOREPLICAS", "BUSY", "NOAUTH",
+    "MOVED", "ASK", "TRYAGAIN", "CROSSSLOT", "NOSCRIPT", "UNBLOCKED",
+)  # fmt: skip
 
-HEAD = (
-    """
+HEAD = """
 local function is_state(message)
-    for _, word in ipairs({%s}) do
-        if string.find(message, '%%f[%%a]' .. word .. '%%f[%%A]') then return true end
+    for _, word in ipairs(STATES) do
+        if string.find(message, '%f[%a]' .. word .. '%f[%A]') then return true end
     end
-    return string.find(message, 'permissions? to run') ~= nil
+    return string.find(message, 'permissions? to run') or string.find(message, 'can.t run this command')
 end
-"""
-    % ", ".join(repr(word) for word in SERVER_STATES)
-    + """
+
+-- A lane that we may not use stands among the keys as the state's own: see `Streams._call`.
 local function add(source, event)
+    if KEYS[event[1]] == KEYS[1] then return {err = 'NOPERM the user of the relay may not use this key'} end
     return redis.pcall('XADD', KEYS[event[1]], '*', 'specversion', '1.0', 'id', event[4], 'source', source,
         'type', event[5], 'time', event[6], 'datacontenttype', 'application/json', 'priority', event[7],
         'data', event[8], 'correlationid', event[9] or event[4], unpack(event, 10))
 end
-"""
-)
+
+-- The newest entry that a lane has had and how many in all (nil before Redis 7); nothing if it is no stream.
+local function newest(lane)
+    local info = redis.pcall('XINFO', 'STREAM', lane)
+    if info.err then
+        if string.find(info.err, 'no such key') then return '0-0', 0 end
+        return nil
+    end
+    local found = {}
+    for i = 1, #info, 2 do found[info[i]] = info[i + 1] end
+    return found['last-generated-id'], found['entries-added']
+end
+local function remember(lane, entry)
+    local _, count = newest(lane)
+    redis.call('HSET', KEYS[1], 'last:' .. lane, entry .. ' ' .. (count or 0))
+end
+-- A lane that was deleted or evicted starts over: at an older entry than our last, or at a smaller count.
+local function went_back(lane)
+    local last = redis.call('HGET', KEYS[1], 'last:' .. lane)
+    if not last then return false end
+    local entry, count = newest(lane)
+    if not entry then return false end
+    local ms, number, added = string.match(last, '(%d+)-(%d+) (%d+)')
+    local now_ms, now_number = string.match(entry, '(%d+)-(%d+)')
+    ms, number, now_ms, now_number = tonumber(ms), tonumber(number), tonumber(now_ms), tonumber(now_number)
+    return now_ms < ms or (now_ms == ms and now_number < number) or (count or math.huge) < tonumber(added)
+end
+""".replace("STATES", "{'" + "', '".join(SERVER_STATES) + "'}")
 
 # Answers OK, AHEAD, BEHIND, FENCED or GONE. Writes nothing but for OK, and then all or what Redis takes.
 # A server refuses every write of a script or none, so an error of the server's state comes before any write.
@@ -70,26 +98,11 @@ elseif batch > expected then
     return {'FENCED', batch}
 end
 
--- A lane that was deleted or evicted starts over, at an older entry than the one that was added last.
-local function newest(lane)
-    local info = redis.pcall('XINFO', 'STREAM', lane)
-    if info.err then return string.find(info.err, 'no such key') and '0-0' or nil end
-    for i = 1, #info, 2 do
-        if info[i] == 'last-generated-id' then return info[i + 1] end
-    end
-end
-local function before(a, b)
-    local a_ms, a_seq = string.match(a, '(%d+)-(%d+)')
-    local b_ms, b_seq = string.match(b, '(%d+)-(%d+)')
-    a_ms, b_ms = tonumber(a_ms), tonumber(b_ms)
-    return a_ms < b_ms or (a_ms == b_ms and tonumber(a_seq) < tonumber(b_seq))
-end
 local gone = {'GONE'}
 for i = 2, #KEYS do
-    local last = redis.call('HGET', KEYS[1], 'last:' .. KEYS[i])
-    local now = last and newest(KEYS[i])
-    if redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1
-        or (now and now ~= last and before(now, last)) then gone[#gone + 1] = KEYS[i] end
+    if redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1 or went_back(KEYS[i]) then
+        gone[#gone + 1] = KEYS[i]
+    end
 end
 if #gone > 1 then return gone end
 
@@ -112,18 +125,16 @@ for i, event in ipairs(events) do
         end
     end
 end
-local state = {'batch', ARGV[2], 'ids', #answer == 1 and ARGV[3] or table.concat(added, ' ')}
-for i, entry in pairs(last) do
-    state[#state + 1] = 'last:' .. KEYS[i]
-    state[#state + 1] = entry
-end
-redis.call('HSET', KEYS[1], unpack(state))
+redis.call('HSET', KEYS[1], 'batch', ARGV[2],
+    'ids', #answer == 1 and ARGV[3] or table.concat(added, ' '))
+for i, entry in pairs(last) do remember(KEYS[i], entry) end
 return answer
 """
 )
 
 # Adds the events of one lane out of one journal batch to a lane that has been lost. KEYS: the state, then the
 # lanes of the body. ARGV: expected batch, lane, number of the journal batch (0 with the last call), body.
+# Answers OK, FENCED, or GONE when the lane has been lost again meanwhile: then it is to be filled from the start.
 RESTORE = (
     HEAD
     + """
@@ -131,36 +142,39 @@ local lane, number = ARGV[2], tonumber(ARGV[3])
 local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
 if batch ~= tonumber(ARGV[1]) then return {'FENCED', batch} end
 local progress = 'restored:' .. lane
+local done = redis.call('HGET', KEYS[1], progress)
+if not done then
+    redis.call('HDEL', KEYS[1], 'last:' .. lane)
+elseif went_back(lane) then
+    redis.call('HDEL', KEYS[1], progress)
+    return {'GONE', lane}
+end
 if number == 0 then
     redis.call('HDEL', KEYS[1], progress)
-    if redis.call('HGET', KEYS[1], 'newest:' .. lane) then
-        redis.call('HSET', KEYS[1], 'last:' .. lane, redis.call('HGET', KEYS[1], 'newest:' .. lane))
-        redis.call('HDEL', KEYS[1], 'newest:' .. lane)
-    else
-        redis.call('HDEL', KEYS[1], 'last:' .. lane)
-    end
+    return {'OK'}
+elseif number <= tonumber(done or 0) then
     return {'OK'}
 end
-if number <= tonumber(redis.call('HGET', KEYS[1], progress) or 0) then return {'OK'} end
 local body = cmsgpack.unpack(ARGV[4])
-local answer, newest = {'OK'}, nil
+local answer, newest_entry = {'OK'}, nil
 for i, event in ipairs(body[3]) do
     if KEYS[event[1]] == lane then
         local entry = add(body[1], event)
         if entry.err then
-            if not newest and is_state(entry.err) then return redis.error_reply(entry.err) end
+            if not newest_entry and is_state(entry.err) then return redis.error_reply(entry.err) end
             answer[#answer + 1] = {i - 1, entry.err}
         else
-            newest = entry
+            newest_entry = entry
         end
     end
 end
 redis.call('HSET', KEYS[1], progress, number)
-if newest then redis.call('HSET', KEYS[1], 'newest:' .. lane, newest) end
+if newest_entry then remember(lane, newest_entry) end
 return answer
 """
 )
 
+MAX_PAYLOAD = 64 * 1024 * 1024  # Redis drops a connection that sends more than its proto-max-bulk-len
 EVICTING = ("allkeys-lru", "allkeys-lfu", "allkeys-random", "allkeys-lrm")
 
 
@@ -234,21 +248,15 @@ class Streams:
             ) from None
         self._prefix = prefix
         self._warned = False
-        self._scripts = {
-            script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)
-        }
+        self._scripts = {script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)}
 
-    def publish(
-        self, outbox_id: str, expected: int, batch: Batch, following: int | None = None
-    ) -> Answer:
+    def publish(self, outbox_id: str, expected: int, batch: Batch, following: int | None = None) -> Answer:
         """Add a batch, if Redis stands at `expected`; it then stands at `following` (default: the next)."""
         number = expected + 1 if following is None else following
         answer = self._call(PUBLISH, outbox_id, batch, expected, number, batch.ids, batch.body)
         return _answer(answer)
 
-    def restore(
-        self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch
-    ) -> Answer:
+    def restore(self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch) -> Answer:
         """Add what a journal batch holds of a lane that was lost; with number 0, the lane is whole again."""
         return _answer(self._call(RESTORE, outbox_id, batch, expected, lane, number, batch.body))
 
@@ -305,10 +313,27 @@ class Streams:
         keys = [f"{self._prefix}:{outbox_id}", *batch.lanes]
         with self._translated():
             try:
-                answer = self._redis.evalsha(self._scripts[script], len(keys), *keys, *arguments)
-            except redis.exceptions.NoScriptError:
-                answer = self._redis.eval(script, len(keys), *keys, *arguments)
+                return self._eval(script, keys, arguments)
+            except redis.exceptions.NoPermissionError:
+                # Redis judges all the keys of a call at once; one lane must not hold up the others.
+                usable = [key if self._may_use(key) else keys[0] for key in keys]
+                if usable == keys or not self._may_use(keys[0]):
+                    raise
+                return self._eval(script, usable, arguments)
+
+    def _eval(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> list[Any]:
+        try:
+            answer = self._redis.evalsha(self._scripts[script], len(keys), *keys, *arguments)
+        except redis.exceptions.NoScriptError:
+            answer = self._redis.eval(script, len(keys), *keys, *arguments)
         return list(answer)
+
+    def _may_use(self, key: str) -> bool:
+        try:
+            self._redis.eval("return 1", 1, key)
+        except redis.exceptions.NoPermissionError:
+            return False
+        return True
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -366,19 +391,21 @@ def publishable(event: Waiting) -> str | None:
         check_stream(event.stream)
     except InvalidEvent as error:
         return str(error)
+    if len(event.payload) > MAX_PAYLOAD:
+        return f"payload: more than {MAX_PAYLOAD} characters"
     if event.headers is None:
         return None
-    headers = json.loads(event.headers)
+    try:
+        headers = json.loads(event.headers)
+        json.dumps(headers, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return "headers: they are nested too deeply, or no text of a stream"
     if not isinstance(headers, dict) or len(headers) > 100:
         return "headers: a JSON object of at most 100 strings is needed"
     for name, value in headers.items():
         if name in ("correlationid", "causationid") and isinstance(value, str):
             continue
-        if (
-            not HEADER_NAME.fullmatch(name)
-            or name.lower() in ENVELOPE
-            or not isinstance(value, str)
-        ):
+        if not HEADER_NAME.fullmatch(name) or name.lower() in ENVELOPE or not isinstance(value, str):
             return f"headers.{name!a}: no name or no text of a header"
     return None
 
