@@ -27,7 +27,10 @@ MAX_KEY = 1024  # characters of a key
 
 # Fields of a stream entry that the relay writes itself (CloudEvents 1.0 attributes, and ours).
 ENVELOPE = frozenset(
-    ["specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "priority", "data", "correlationid", "causationid"]
+    {
+        *("specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema"),
+        *("data", "priority", "correlationid", "causationid"),
+    }
 )
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_HEADERS = 64

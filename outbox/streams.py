@@ -143,13 +143,12 @@ local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
 if batch ~= tonumber(ARGV[1]) then return {'FENCED', batch} end
 local progress = 'restored:' .. lane
 local done = redis.call('HGET', KEYS[1], progress)
-if not done then
-    redis.call('HDEL', KEYS[1], 'last:' .. lane)
-elseif went_back(lane) then
+if done and went_back(lane) then
     redis.call('HDEL', KEYS[1], progress)
     return {'GONE', lane}
 end
 if number == 0 then
+    if not done then redis.call('HDEL', KEYS[1], 'last:' .. lane) end
     redis.call('HDEL', KEYS[1], progress)
     return {'OK'}
 elseif number <= tonumber(done or 0) then
@@ -169,7 +168,11 @@ for i, event in ipairs(body[3]) do
     end
 end
 redis.call('HSET', KEYS[1], progress, number)
-if newest_entry then remember(lane, newest_entry) end
+if newest_entry then
+    remember(lane, newest_entry)
+elseif not done then
+    redis.call('HDEL', KEYS[1], 'last:' .. lane)
+end
 return answer
 """
 )

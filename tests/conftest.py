@@ -105,9 +105,7 @@ def url_of(server: testing.Server, name: str) -> str:
 
 def new_database(server: testing.Server, template: str) -> Iterator[str]:
     name = f"outbox_test_{next(numbers)}"
-    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-        sql.Identifier(name), sql.Identifier(template)
-    )
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
     with admin(server) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         connection.execute(create)

@@ -103,7 +103,7 @@ class RelayProcess:
     """A relay as a process of its own; what it logs is in `log`."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         self.process = subprocess.Popen(
             [sys.executable, *arguments], env=os.environ | environment, stderr=self._log
         )

@@ -70,7 +70,7 @@ class Box:
 
     def photograph(self) -> dict[bytes, bytes]:
         """Return the whole of Redis, to go back to."""
-        return {key: self.redis.dump(key) for key in self.redis.keys()}
+        return {key: self.redis.dump(key) for key in self.redis.scan_iter()}
 
     def go_back_to(self, photograph: dict[bytes, bytes]) -> None:
         """Make Redis forget what has come since, as a replica that was behind."""

@@ -56,9 +56,9 @@ def test_a_crash_of_redis_loses_what_it_keeps_in_memory():
 def test_a_frozen_server_answers_when_it_is_thawed():
     with testing.redis() as server:
         server.freeze()
-        with redis_client.Redis.from_url(server.url, socket_timeout=0.2, retry=None) as client:
-            with pytest.raises(redis_client.TimeoutError):
-                client.ping()
+        impatient = redis_client.Redis.from_url(server.url, socket_timeout=0.2, retry=None)
+        with impatient as client, pytest.raises(redis_client.TimeoutError):
+            client.ping()
         server.thaw()
         with redis_client.Redis.from_url(server.url) as client:
             assert client.ping()
