@@ -171,6 +171,7 @@ def close_runway(command: CloseRunway, session: Session) -> int:
 # -- the load: two processes that tell on their standard output what they have committed -----------
 
 CHUNK = 100  # airports in a transaction
+NUMBERS = (1, 2, 3, 4)  # of the events of an airport
 RATE = 150  # commands a second besides the import
 HUBS = ("EDDF", "EGLL", "FAOR", "KJFK", "OMDB", "RJTT", "SBGR", "YSSY")
 
@@ -205,7 +206,7 @@ def import_all(lanes: bool) -> None:
         for start in range(0, len(records), CHUNK):
             chunk = records[start : start + CHUNK]
             domain.process(ImportAirports(chunk))
-            tell(IMPORT, [(record["icao"], number) for record in chunk for number in (1, 2, 3, 4)])
+            tell(IMPORT, [(record["icao"], number) for record in chunk for number in NUMBERS])
 
 
 def trade(lanes: bool) -> None:
@@ -239,12 +240,14 @@ def tell(kind: Kind, events: Sequence[tuple[str, int]]) -> None:
 
 def produce(name: str) -> None:
     """Be one of the two producers, on the servers in the environment."""
-    engine = create_engine(os.environ["OUTBOX_DATABASE_URL"])
-    sessions.configure(bind=engine)
+    parent = os.getppid()
+    sessions.configure(bind=create_engine(os.environ["OUTBOX_DATABASE_URL"]))
     try:
         {"import": import_all, "trade": trade}[name](os.environ["OUTBOX_LANES"] == "on")
-    except BrokenPipeError:
-        os._exit(1)  # the parent has gone: nobody is left to tell
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) or os.getppid() != parent:
+            os._exit(1)  # the parent has gone, and the servers with it: nobody is left to tell
+        raise
 
 
 # -- the check: what was committed against what is in the streams ----------------------------------
@@ -309,17 +312,20 @@ def check(committed: Iterable[Event], entries: Sequence[Entry]) -> Findings:
 
 
 class Gap(NamedTuple):
-    """The time round the kill of a relay in which no entry was added."""
+    """The time round the kill of a relay in which what was committed had to wait for the next relay."""
 
     start: float
     end: float
 
 
 def gap_round(restarted_at: float, entries: Sequence[Entry]) -> Gap:
-    """Return the time from the killed relay's last entry to the first of the next relay."""
-    before = (entry.at for entry in entries if entry.at < restarted_at)
+    """Return the time from the killed relay's last batch but one to the first batch of the next relay.
+
+    A batch takes what is committed by the time of the one before, at least. All its entries have one time.
+    """
+    before = sorted({entry.at for entry in entries if entry.at < restarted_at})[-2:]
     after = (entry.at for entry in entries if entry.at >= restarted_at)
-    return Gap(max(before, default=restarted_at), min(after, default=math.inf))
+    return Gap(min(before, default=restarted_at), min(after, default=math.inf))
 
 
 def latencies(commits: Sequence[Commit], entries: Sequence[Entry], gap: Gap) -> dict[str, list[float]]:
@@ -340,6 +346,10 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 # -- one run: import, trade, and a relay that is killed halfway ------------------------------------
+
+
+class Stalled(Exception):
+    """Raised when nothing moves any more, and yet there is something to wait for."""
 
 
 class Producer:
@@ -418,7 +428,9 @@ class RelayProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is Stalled:
+            sys.stderr.write(self.log()[-2000:])
         assert self._supervisor.stdin
         self._supervisor.stdin.close()
         self._supervisor.wait()
@@ -432,7 +444,8 @@ class RelayProcess:
         self._tell("kill")
 
     def log(self) -> str:
-        return (self._folder / "log").read_text(errors="replace")
+        log = self._folder / "log"
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def _tell(self, word: str) -> str:
         assert self._supervisor.stdin
@@ -445,12 +458,8 @@ class RelayProcess:
 STREAMS = ("alert", "booking", "airport")
 LANES = {"primary": STREAMS, "backfill": tuple(f"{stream}:backfill" for stream in STREAMS)}
 AIRPORTS = len(airportsdata.load())
-TO_IMPORT = AIRPORTS * 4  # events
+TO_IMPORT = AIRPORTS * len(NUMBERS)  # events
 PATIENCE_SECONDS = 20
-
-
-class Stalled(Exception):
-    """Raised when nothing moves any more, and yet there is something to wait for."""
 
 
 class Moment(NamedTuple):
@@ -496,7 +505,7 @@ class Watch:
         for lane, lists in self._commits.items():
             for commit in itertools.chain(*lists):
                 committed[lane] += len(commit.events)
-                imported += len(commit.events) // 4 if commit.kind is IMPORT else 0
+                imported += len(commit.events) // len(NUMBERS) if commit.kind is IMPORT else 0
         return Moment(time.monotonic(), imported, committed, Counter(published))
 
     def until(self, condition: Callable[[Moment], object]) -> Moment:
@@ -598,9 +607,9 @@ def _perform(watch: Watch, importer: Producer, trader: Producer, relay: RelayPro
     trader.stop()
     with suppress(Stalled):  # the check will tell what is lost
         watch.until(lambda now: now.waiting() <= 0)
+        watch.say("no event waits any more")
     if adopted := re.search("batch_adopted (.*)", relay.log()):
         watch.say(f"relay {second} has {adopted[1]}")
-    watch.say("no event waits any more")
     return restarted_at
 
 
@@ -627,7 +636,8 @@ def run(console: Console) -> int:
 
     Raises NoServer when a server cannot be found or started.
     """
-    with testing.postgres() as database, testing.redis() as broker:
+    # A commit is on the disk when it returns, as it is in production: the default of testing is quicker.
+    with testing.postgres({"fsync": "on"}) as database, testing.redis() as broker:
         console.print(f"{database.describe()}\n{broker.describe()}", highlight=False)
         outcomes = []
         for lanes in (True, False):
@@ -674,7 +684,8 @@ def show(console: Console, on: Outcome, off: Outcome) -> None:
     console.rule("What has arrived", align="left")
     console.print(_check_table(on, off))
     with_lanes, without = (percentile(outcome.latencies[ALERT.name], 0.99) for outcome in (on, off))
-    console.print(f"99 of 100 alerts took at most {_time(with_lanes)} with lanes, {_time(without)} without.")
+    said = f"99 of 100 alerts took at most {_time(with_lanes)} with lanes, {_time(without)} without."
+    console.print(said, highlight=False)
     only_late = "nothing went missing, came twice or out of turn; it was only late"
     console.print(f"Lanes off: {only_late if off.findings.clean else off.findings}.")
     console.print(str(on.findings), highlight=False)
@@ -682,8 +693,8 @@ def show(console: Console, on: Outcome, off: Outcome) -> None:
 
 HOW_MEASURED = (
     "From the return of the producer's commit to the time in the id of the stream's entry, by the one clock of this "
-    "machine. What was committed while no relay ran, between the last entry before the kill and the next, has rows "
-    "of its own; the import is counted whole, from before the first relay started."
+    "machine. What was committed too late for the killed relay, and before the next one was at work, has rows of its "
+    "own; the import is counted whole, from before the first relay started."
 )
 
 
@@ -698,7 +709,7 @@ def _latency_table(on: Outcome, off: Outcome, block: str) -> Table:
         for title, lanes, outcome, colour in ((label, "on", on, "green"), ("", "off", off, "red")):
             ordered = outcome.latencies[name]
             p50, p99, most = (percentile(ordered, share) for share in (0.5, 0.99, 1.0))
-            bar = block * max(1, round(5 * math.log10(max(1.0, p99 * 1000))))
+            bar = block * max(1, round(4 * math.log10(max(1.0, p99 * 1000))))
             table.add_row(
                 title, lanes, f"{len(ordered):,}", _time(p50), _time(p99), _time(most), f"[{colour}]{bar}"
             )

@@ -11,6 +11,7 @@ become its own again with it, and are recorded when it is added or merged once m
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping
 from datetime import datetime
@@ -19,6 +20,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     DateTime,
+    Integer,
     SmallInteger,
     Text,
     Uuid,
@@ -28,6 +30,7 @@ from sqlalchemy import (
     event,
     func,
     inspect,
+    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON, insert
@@ -133,14 +136,9 @@ class _Recorder:
     def mark(self, savepoint: SessionTransaction) -> None:
         self._marks[savepoint] = len(self._owned)
 
-    def wash(self) -> None:
-        """Take our pending object out of the flush that it has brought about."""
-        if self._dirt is not None and self._dirt in self._session:
-            self._session.expunge(self._dirt)
-        self._dirt = None
-
     def insert(self) -> None:
         """Insert what has been recorded, in order, with one statement."""
+        self._dirt = None
         if self._waiting:
             rows, self._waiting = self._waiting, []
             columns = zip(*rows, strict=True)
@@ -170,10 +168,15 @@ class _Recorder:
 
 
 class _Dirt:
-    """A pending object that makes a session flush; it is never inserted."""
+    """A pending object that makes a session flush. It is mapped to no table, so nothing is written of it."""
+
+    def __init__(self) -> None:
+        self.id = next(_numbers)
 
 
-registry().map_imperatively(_Dirt, outbox)
+_numbers = itertools.count()
+_nowhere = select(literal_column("0", Integer).label("id")).subquery()
+registry().map_imperatively(_Dirt, _nowhere, primary_key=[_nowhere.c.id])
 
 
 def _insert() -> Any:
@@ -227,18 +230,17 @@ def _recorder(session: Session) -> _Recorder:
 # -- the session's events; each is a look into a dict for sessions that record nothing ----------------------
 
 
-@event.listens_for(Session, "before_flush")
-def _before_flush(session: Session, context: Any, instances: Any) -> None:
-    if recorder := session.info.get(INFO):
-        recorder.wash()
-        if not (session.new or session.dirty or session.deleted):
-            recorder.insert()  # nothing else to write: the flush ends here
-
-
 @event.listens_for(Session, "after_flush")
-@event.listens_for(Session, "before_commit")
-def _insert_waiting(session: Session, context: Any = None) -> None:
+def _on_flush(session: Session, context: Any) -> None:
     if recorder := session.info.get(INFO):
+        recorder.insert()
+
+
+@event.listens_for(Session, "before_commit")
+def _before_commit(session: Session) -> None:
+    """Insert what `expunge_all` has kept from the flush, after the rows that the commit would flush."""
+    if recorder := session.info.get(INFO):
+        session.flush()
         recorder.insert()
 
 
