@@ -175,7 +175,9 @@ def _kind_of(event: object, stream: str | None, type: str | None) -> EventType:
                 f"event: {cls.__name__} is no event; mark the class with @event(stream=...)"
             )
         kind = _registered[cls]
-        kind = kind._replace(stream=stream or kind.stream, type=type or kind.type)
+        kind = kind._replace(
+            stream=kind.stream if stream is None else stream, type=kind.type if type is None else type
+        )
     check_stream(kind.stream)
     check_text("type", kind.type, MAX_NAME)
     return kind
