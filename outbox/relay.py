@@ -166,7 +166,7 @@ class Relay:
         self._leading = self._store.begin()
         lead = self._store.lead() if self._leading else None
         if lead is None or expected not in (None, lead.batch):
-            self._store.rollback()
+            self._store.commit()  # of nothing: the store need not forget where its claims stopped
             return None
         return lead
 

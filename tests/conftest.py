@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
@@ -14,40 +15,69 @@ from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
 from outbox import migrate, testing
+from outbox.errors import OutboxError
 
-TEMPLATE = "outbox_template"
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # workers may share a server of the environment
+TEMPLATE = f"outbox_template_{WORKER}"
 numbers = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse what would make workers empty each other's Redis."""
+    if os.environ.get(testing.REDIS_URL) and config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            f"{testing.REDIS_URL}: workers cannot share one Redis; use -n 0 (make test WORKERS=0)"
+        )
 
 
 def pytest_report_header() -> list[str]:
     """Say which servers the tests will start."""
     return [
-        f"{name}: {binary.path} ({binary.source})"
-        for name, binary in (
-            ("PostgreSQL", testing.find_postgres()),
-            ("Redis", testing.find_redis()),
+        f"server: {chosen(variable, find)}"
+        for variable, find in (
+            (testing.DATABASE_URL, testing.find_postgres),
+            (testing.REDIS_URL, testing.find_redis),
         )
     ]
+
+
+def chosen(variable: str, find: Callable[[], testing.Binary]) -> str:
+    """Return the server that tests would use, with its version; starts and raises nothing."""
+    if os.environ.get(variable):
+        return f"the one that {variable} names"
+    try:
+        binary = find()
+        return f"{binary.version()} ({binary.source}), {binary.path}"
+    except OutboxError as error:
+        return f"none: {error}"
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[testing.Server]:
     """A PostgreSQL of this worker's own, with a template database that has been migrated."""
     with testing.postgres({"max_prepared_transactions": "10"}) as server:
-        print(server.describe())
         with admin(server) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
             connection.execute(f"CREATE DATABASE {TEMPLATE}")
         migrate.upgrade(url_of(server, TEMPLATE))
         yield server
+        with admin(server) as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {TEMPLATE} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[testing.Server]:
-    """A Redis of this worker's own."""
-    with testing.redis() as server:
-        print(server.describe())
+    """A Redis of this worker's own. One that is not ours must be empty: we never flush a developer's data."""
+    with testing.redis() as server, redis_client.Redis.from_url(server.url) as client:
+        if server.source == "environment":
+            need_empty(client)
         yield server
+        client.flushall()
+
+
+def need_empty(client: redis_client.Redis) -> None:
+    if client.info("keyspace"):
+        pytest.exit(f"{testing.REDIS_URL}: this Redis is not empty; give the tests one of their own", 2)
 
 
 @pytest.fixture
@@ -78,12 +108,9 @@ def Session(engine: Engine) -> sessionmaker[OrmSession]:
 
 @pytest.fixture
 def redis_url(redis_server: testing.Server) -> str:
-    """An empty Redis. One that is not ours must be empty already: we never flush a developer's own."""
+    """A Redis that was empty before the tests, and is empty again."""
     with redis_client.Redis.from_url(redis_server.url) as client:
-        if redis_server.pid is not None:
-            client.flushall()
-        elif client.dbsize():
-            pytest.fail("the Redis at OUTBOX_TEST_REDIS_URL is not empty: give the tests one of their own")
+        client.flushall()
     return redis_server.url
 
 
@@ -104,7 +131,7 @@ def url_of(server: testing.Server, name: str) -> str:
 
 
 def new_database(server: testing.Server, template: str) -> Iterator[str]:
-    name = f"outbox_test_{next(numbers)}"
+    name = f"outbox_test_{WORKER}_{next(numbers)}"
     create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
     with admin(server) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")

@@ -34,6 +34,7 @@ from sqlalchemy.orm import sessionmaker
 
 from outbox import publish
 from outbox.priority import Priority
+from outbox.streams import decode
 
 HERE = Path(__file__).parent
 STREAM = "account"
@@ -226,6 +227,14 @@ class Harness:
             wait_until(lambda: self._pending() == 0, "an empty outbox")
         dead = [row[0] for row in self._plain.execute("SELECT event_id::text FROM outbox_dead")]
         return compare(self._committed, [self._lane(name) for name in LANES], dead)
+
+    def journal_is_right(self) -> bool:
+        """Return whether the journal, if nothing of it was purged, tells what is in each lane, in order."""
+        told: dict[str, list[str]] = {lane: [] for lane in LANES}
+        for (body,) in self._plain.execute("SELECT body FROM outbox_journal ORDER BY batch"):
+            for event in decode(body)[1]:
+                told[event.stream].append(event.event_id)
+        return all(told[name] == [entry.event_id for entry in self._lane(name)] for name in LANES)
 
     def _pending(self) -> int:
         row = self._plain.execute("SELECT count(*) FROM outbox").fetchone()

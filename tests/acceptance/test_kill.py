@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -44,6 +45,27 @@ def test_killed_at_any_time(harness):
     print(f"{KILLS} kills: {findings}")
     assert findings.committed > 50 * KILLS
     assert findings.faults() == (0, 0, 0, 0)
+    assert harness.journal_is_right()
+
+
+def test_one_of_two_relays_killed_or_frozen_at_any_time(harness):
+    """What is frozen for longer than a takeover takes wakes up as a zombie."""
+    chance = random.Random(11)
+    rounds = max(4, KILLS // 2)
+    with harness.writing(), harness.relay(takeover_seconds=1) as lasting:
+        for n in range(rounds):
+            with harness.relay(takeover_seconds=1) as other:
+                other.wait_for(harness.entries, chance.randint(1, 1000))
+                if n % 2:
+                    frozen, awake = chance.sample([lasting, other], 2)
+                    frozen.process.send_signal(signal.SIGSTOP)
+                    awake.wait_for(harness.entries, 200)
+                    frozen.process.send_signal(signal.SIGCONT)
+                    awake.wait_for(harness.entries, 200)
+    findings = harness.settle()
+    print(f"{rounds} rounds with two relays: {findings}")
+    assert findings.faults() == (0, 0, 0, 0)
+    assert harness.journal_is_right()
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point not in ("in adopt", "in rollback")])

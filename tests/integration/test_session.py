@@ -336,7 +336,9 @@ def test_mappings_of_every_kind(engine, session):
             self.id = id
 
     mapped = registry()
-    mapped.map_imperatively(Imperative, Table("imperative", mapped.metadata, Column("id", String, primary_key=True)))
+    mapped.map_imperatively(
+        Imperative, Table("imperative", mapped.metadata, Column("id", String, primary_key=True))
+    )
     for metadata in (Own.metadata, Plain.metadata, mapped.metadata):
         metadata.create_all(engine)
     for n, made in enumerate((Dataclassed(id=1), Parent(id=1), Child(id=2), Imperative(id="x")), 1):
@@ -509,7 +511,12 @@ def test_every_kind_of_payload(engine, session, kind):
 
 
 def test_what_stands_inside_is_encoded_too(engine, session):
-    inside = {"size": Size.BIG, "level": Level.ONE, "day": date(2026, 1, 2), "nested": [(1, OfAttrs(**FIELDS))]}
+    inside = {
+        "size": Size.BIG,
+        "level": Level.ONE,
+        "day": date(2026, 1, 2),
+        "nested": [(1, OfAttrs(**FIELDS))],
+    }
     publish(session, inside, type="T", stream="s")
     session.commit()
     assert rows(engine)[0].data == f'{{"size":"big","level":1,"day":"2026-01-02","nested":[[1,{ENCODED}]]}}'
@@ -542,7 +549,9 @@ def test_what_is_not_refused_comes_back_as_it_was(session, value):
 # -- bad input --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [{"a": "\0"}, {"a": float("nan")}, {"a": {"b": "\ud800"}}, {"a": "x" * 300_000}])
+@pytest.mark.parametrize(
+    "bad", [{"a": "\0"}, {"a": float("nan")}, {"a": {"b": "\ud800"}}, {"a": "x" * 300_000}]
+)
 def test_bad_input_runs_no_sql_and_leaves_the_session_usable(engine, session, statements, bad):
     publish(session, Counted(1))
     with pytest.raises(InvalidEvent):

@@ -123,7 +123,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule()
     def roll_back(self) -> None:
         self.session.rollback()
-        self.undo(sum(self.levels, []))
+        self.undo([*itertools.chain(*self.levels)])
         self.levels = [[]]
 
     @rule()
@@ -143,7 +143,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         self.session.commit()
-        expected = [n for n, _ in sum(self.levels, [])]
+        expected = [n for n, _ in itertools.chain(*self.levels)]
         self.levels = [[]]
         with self.engine.begin() as connection:
             found = connection.execute(text("SELECT payload ->> 'n' FROM outbox ORDER BY id")).scalars().all()

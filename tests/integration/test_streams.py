@@ -199,17 +199,13 @@ def test_a_lane_that_cannot_be_filled_for_lack_of_memory_is_filled_later(databas
         box.add("c")
         # The state of the server changes after the question whether the lane is gone.
         before(relay._streams, "restore", lambda: box.redis.config_set("maxmemory", "1"))
-        with_error(relay)
+        with pytest.raises(RedisUnavailable, match="maxmemory"):
+            relay.run_once()
         assert box.redis.exists("s") == 0
         box.redis.config_set("maxmemory", "0")
         relay.drain()
         assert box.lane() == ["a", "b", "c"]
         box.close()
-
-
-def with_error(relay):
-    with pytest.raises(RedisUnavailable, match="maxmemory"):
-        relay.run_once()
 
 
 def test_filling_a_lane_stops_when_it_is_told_to_and_goes_on_from_there(box):
@@ -254,6 +250,21 @@ def test_the_rights_that_a_relay_needs_are_few(restricted):
     relay.drain()
     restricted.redis.delete("s")
     restricted.add("b")
+    relay.drain()
+    assert restricted.lane() == ["a", "b"]
+
+
+def test_a_lane_that_may_not_be_filled_is_filled_once_it_may(restricted):
+    restricted.limit()
+    relay = restricted.relay()
+    restricted.add("a")
+    relay.drain()
+    restricted.redis.delete("s")
+    restricted.add("b")
+    before(relay._streams, "restore", lambda: restricted.redis.acl_setuser("relay", commands=["-xadd"]))
+    with pytest.raises(RedisUnavailable, match="run"):
+        relay.run_once()
+    restricted.limit()
     relay.drain()
     assert restricted.lane() == ["a", "b"]
 
