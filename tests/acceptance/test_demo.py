@@ -203,10 +203,13 @@ def test_the_demo_from_start_to_end():
 
 
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [pytest.param(signal.SIGINT, 130, id="Ctrl-C"), pytest.param(signal.SIGKILL, -9, id="kill -9")],
+    ("line", "number", "code"),
+    [
+        pytest.param("airports imported", signal.SIGINT, 130, id="Ctrl-C, no relay yet"),
+        pytest.param(r"kill -9 \d+", signal.SIGINT, 130, id="Ctrl-C, second relay"),
+        pytest.param(r"relay \d+ starts", signal.SIGKILL, -9, id="kill -9"),
+    ],
 )
-@pytest.mark.parametrize("line", ["airports imported", r"relay \d+ starts", r"kill -9 \d+"])
 def test_nothing_is_left_when_it_is_ended_midway(line, number, code):
     with running() as process:
         assert process.stdout is not None
