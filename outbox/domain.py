@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from outbox.errors import InvalidCommand, RolledBack
 from outbox.priority import processing_priority
+
+if TYPE_CHECKING:  # it needs greenlet, which a synchronous service has no need of
+    from sqlalchemy.ext.asyncio import async_sessionmaker
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -48,9 +50,7 @@ class _Commands:
 
         def register(handler: H) -> H:
             if command in self._handlers:
-                raise InvalidCommand(
-                    f"{command.__name__} has a handler already: {self._handlers[command]!r}"
-                )
+                raise InvalidCommand(f"{command.__name__} has a handler already: {self._handlers[command]!r}")
             self._handlers[command] = handler
             return handler
 
@@ -60,9 +60,7 @@ class _Commands:
         try:
             return self._handlers[command.__class__]
         except KeyError:
-            raise InvalidCommand(
-                f"{command.__class__.__name__} has no handler in this domain"
-            ) from None
+            raise InvalidCommand(f"{command.__class__.__name__} has no handler in this domain") from None
 
     def _joined(self, runner: object) -> _Running | None:
         """Return the open transaction, unless it belongs to another thread or task: a session is for one."""
@@ -78,9 +76,7 @@ class Domain(_Commands):
     """
 
     def __new__(cls, sessions: sessionmaker[Session] | async_sessionmaker[Any]) -> Any:
-        if isinstance(sessions, async_sessionmaker):
-            return AsyncDomain(sessions)
-        return super().__new__(cls)
+        return super().__new__(cls) if isinstance(sessions, sessionmaker) else AsyncDomain(sessions)
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
         super().__init__(sessions)

@@ -164,16 +164,12 @@ def _kind_of(event: object, stream: str | None, type: str | None) -> EventType:
     if isinstance(event, dict):
         if stream is None or type is None:
             missing = "stream" if stream is None else "type"
-            raise InvalidEvent(
-                f"{missing}: a dict needs a type and a stream: publish(..., {missing}=...)"
-            )
+            raise InvalidEvent(f"{missing}: a dict needs a type and a stream: publish(..., {missing}=...)")
         kind = EventType(stream, type, None, MAX_BYTES, MAX_DEPTH)
     else:
         cls = event.__class__
         if cls not in _registered:
-            raise InvalidEvent(
-                f"event: {cls.__name__} is no event; mark the class with @event(stream=...)"
-            )
+            raise InvalidEvent(f"event: {cls.__name__} is no event; mark the class with @event(stream=...)")
         kind = _registered[cls]
         kind = kind._replace(
             stream=kind.stream if stream is None else stream, type=kind.type if type is None else type
@@ -240,9 +236,7 @@ def _plain(value: Any) -> Any:
     return _fields(value)
 
 
-_encoder = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain
-).encode
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain).encode
 
 
 def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int) -> str:
@@ -256,9 +250,7 @@ def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int)
     if "\\u0000" in text or text.count("{") + text.count("[") > max_depth:
         _raise_fault(payload, name, max_depth)
     if size > max_bytes:
-        raise InvalidEvent(
-            f"{name}: {size} bytes are more than the {max_bytes} that an event may have"
-        )
+        raise InvalidEvent(f"{name}: {size} bytes are more than the {max_bytes} that an event may have")
     return text
 
 
@@ -346,14 +338,10 @@ def _encode_headers(headers: Mapping[str, str]) -> str:
     if not isinstance(headers, Mapping):
         raise InvalidEvent(f"headers: a mapping of strings is needed, not {headers!r}")
     if len(headers) > MAX_HEADERS:
-        raise InvalidEvent(
-            f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed"
-        )
+        raise InvalidEvent(f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed")
     for name, value in headers.items():
         if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
-            raise InvalidEvent(
-                f"headers: {name!r} is no name: 1 to 64 letters, digits or any of _ . -"
-            )
+            raise InvalidEvent(f"headers: {name!r} is no name: 1 to 64 letters, digits or any of _ . -")
         if name.lower() in ENVELOPE:
             raise InvalidEvent(f"headers.{name}: the name belongs to the envelope of every event")
         if not isinstance(value, str):

@@ -10,9 +10,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import NullPool, create_engine, make_url
 
-VERSION_TABLE = (
-    "outbox_alembic_version"  # of its own, so that it lives beside a service's migrations
-)
+VERSION_TABLE = "outbox_alembic_version"  # of its own, so that it lives beside a service's migrations
 
 
 def upgrade(

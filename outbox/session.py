@@ -190,15 +190,10 @@ def _insert() -> Any:
     arrays: list[Any] = [bindparam(name, type_=ARRAY(types.get(name, Text()))) for name in names]
     rows = (
         func.unnest(*arrays)
-        .table_valued(
-            *(column(name, types.get(name, Text())) for name in names), with_ordinality="n"
-        )
+        .table_valued(*(column(name, types.get(name, Text())) for name in names), with_ordinality="n")
         .render_derived()
     )
-    values = [
-        cast(rows.c[name], JSON) if name in ("payload", "headers") else rows.c[name]
-        for name in names
-    ]
+    values = [cast(rows.c[name], JSON) if name in ("payload", "headers") else rows.c[name] for name in names]
     return (
         insert(outbox)
         .from_select(names, select(*values).order_by(rows.c.n))

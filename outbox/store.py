@@ -529,7 +529,7 @@ class Store:
         except (pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName) as error:
             self.close()
             raise NotMigrated(f"{first_line(error)}; run: outbox-relay migrate") from error
-        except psycopg.Error as error:
+        except (psycopg.Error, UnicodeDecodeError) as error:  # a database without an encoding holds any bytes
             self.close()
             raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
 
@@ -558,7 +558,7 @@ class Listener:
         try:
             for _ in self._connection.notifies(timeout=0):
                 pass
-        except psycopg.Error as error:
+        except (psycopg.Error, UnicodeDecodeError) as error:  # a database without an encoding holds any bytes
             self.close()
             raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
 

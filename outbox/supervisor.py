@@ -64,11 +64,14 @@ def take_default_signals() -> None:
 
 def end(server: "subprocess.Popen[bytes]", number: int) -> None:
     """End the server by a signal, after a while by kill -9, and wait for its children too."""
-    family = children(server.pid)
+    family: list[int] = []
     if server.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(server.pid, signal.SIGCONT)  # it may be frozen
-            server.send_signal(number)
+        server.send_signal(signal.SIGSTOP)  # so that it starts no child that would be missed
+        family = children(server.pid)
+        server.send_signal(number)
+        for pid in (server.pid, *family):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)  # it, or they, may have been frozen
         try:
             server.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -85,15 +88,27 @@ def end(server: "subprocess.Popen[bytes]", number: int) -> None:
 
 def children(parent: int) -> list[int]:
     """Return the process ids of a process's children."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
-    pairs = [line.split() for line in listing.stdout.splitlines()]
-    return [int(pid) for pid, ppid in pairs if int(ppid) == parent]
+    return [pid for pid, (ppid, _) in processes().items() if ppid == parent]
 
 
 def alive(pid: int) -> bool:
     """Return whether a process exists; one that nobody has waited for counts as gone."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return bool(state.stdout.strip()) and not state.stdout.startswith("Z")
+    _, state = processes().get(pid, (0, "Z"))
+    return not state.startswith("Z")
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Return the parent and the state of each process: from /proc, as small images have no `ps`, else from `ps`."""
+    if not os.path.exists("/proc/self/stat"):
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True)
+        rows = [line.split() for line in listing.stdout.splitlines()]
+        return {int(pid): (int(ppid), state) for pid, ppid, state in rows}
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
+            state, ppid = file.read().rpartition(")")[2].split()[:2]  # a name may hold blanks and brackets
+            found[int(name)] = (int(ppid), state)
+    return found
 
 
 if __name__ == "__main__":

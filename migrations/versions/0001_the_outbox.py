@@ -54,6 +54,12 @@ CREATE TRIGGER outbox_wake AFTER INSERT ON {schema}outbox
 """
 
 
+def store_as(prefix: str, table: str, parameters: dict[str, str]) -> str:
+    """Return the statement that sets a table's storage parameters."""
+    values = ", ".join(f"{name} = {value}" for name, value in parameters.items())
+    return f"ALTER TABLE {prefix}{table} SET ({values})"
+
+
 def where() -> tuple[str, str]:
     """Return the schema to create in, and the same as a quoted prefix."""
     schema = op.get_context().version_table_schema
@@ -80,13 +86,11 @@ def upgrade() -> None:
         sa.UniqueConstraint("event_id", name="outbox_event_id_key"),
         schema=schema,
         comment="events that are waiting to be published, and no others",
-        postgresql_with=BUSY,
     )
+    op.execute(store_as(prefix, "outbox", BUSY))
     # Not compressed: the claim bounds a batch by pg_column_size, which must be the size it will have.
     op.execute(f"ALTER TABLE {prefix}outbox ALTER payload SET STORAGE EXTERNAL")
-    op.create_index(
-        "outbox_claim", "outbox", [sa.text("priority DESC"), "created_at", "id"], schema=schema
-    )
+    op.create_index("outbox_claim", "outbox", [sa.text("priority DESC"), "created_at", "id"], schema=schema)
     op.create_index(
         "outbox_retry",
         "outbox",
@@ -107,8 +111,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("partition", name="outbox_relay_pkey"),
         schema=schema,
         comment="the leader's lock, and the number of the last batch",
-        postgresql_with=ONE_ROW,
     )
+    op.execute(store_as(prefix, "outbox_relay", ONE_ROW))
     op.execute(f"INSERT INTO {prefix}outbox_relay (partition) VALUES (0)")
     op.create_table(
         "outbox_journal",
@@ -120,8 +124,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("partition", "batch", name="outbox_journal_pkey"),
         schema=schema,
         comment="what was published, batch by batch, in the bytes that Redis was given; purged by age",
-        postgresql_with=JOURNAL,
     )
+    op.execute(store_as(prefix, "outbox_journal", JOURNAL))
     op.execute(f"ALTER TABLE {prefix}outbox_journal ALTER body SET STORAGE EXTERNAL")
     op.create_table(
         "outbox_dead",

@@ -84,7 +84,7 @@ def kill_backends(box):
     """End all connections of relays, as their timeouts do with a frozen one."""
     box.sql.execute(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
-        "WHERE application_name = 'outbox-relay' AND datname = current_database()"
+        "WHERE application_name = 'outbox-relay' AND datname = current_database() AND pid <> pg_backend_pid()"
     )
 
 

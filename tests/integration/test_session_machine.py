@@ -159,7 +159,9 @@ class SessionMachine(RuleBasedStateMachine):
 
     def transient(self) -> list[Any]:
         """Return the transient objects that still have their columns; SQLAlchemy expires some."""
-        return [customer for customer in self.objects if inspect(customer).transient and "id" in vars(customer)]
+        return [
+            customer for customer in self.objects if inspect(customer).transient and "id" in vars(customer)
+        ]
 
     def addable(self) -> list[Any]:
         return [customer for customer in self.transient() if customer not in self.merged]
