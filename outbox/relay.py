@@ -104,6 +104,7 @@ class Relay:
         failing_since: float | None = None
         while not self.stop.is_set():
             try:
+                self._listen()
                 moved = self.run_once()
                 if not moved and not self._store.due():
                     break
