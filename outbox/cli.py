@@ -41,12 +41,13 @@ from outbox.errors import (
     RedisUnavailable,
     Unavailable,
     Unsuitable,
+    first_line,
 )
 from outbox.loop import Backoff, Stop, stop_on_signals
 from outbox.relay import Relay
 from outbox.report import Columns, Report, counted, printable, progress, shown, start_logging, to_json
 from outbox.settings import Settings, redact, safe_url
-from outbox.store import APPLICATION, Store, first_line
+from outbox.store import APPLICATION, Store
 from outbox.streams import Streams
 
 log = logging.getLogger("outbox.cli")

@@ -1,4 +1,6 @@
-"""One tree of errors. Drivers' errors are translated where they are raised, in `store` and `streams`."""
+"""One tree of errors. Drivers' errors are translated where they are raised, in `store`, `streams` and `groups`."""
+
+from datetime import timedelta
 
 
 class OutboxError(Exception):
@@ -15,6 +17,25 @@ class InvalidPriority(InvalidEvent):
 
 class InvalidCommand(OutboxError, TypeError):
     """Raised when a domain has no handler for a command, or is given a second one."""
+
+
+class InvalidHandler(OutboxError, TypeError):
+    """Raised when a function cannot be a handler of events, or ends the transaction that its consumer ends."""
+
+
+class Reject(OutboxError):
+    """Raise it in a handler to give the event up at once: it becomes a dead letter, with this reason."""
+
+
+class Retry(OutboxError):
+    """Raise it in a handler to have the event again after a time; None: after the usual backoff.
+
+    `after` is a timedelta, or seconds. The delivery counts.
+    """
+
+    def __init__(self, after: timedelta | float | None = None) -> None:
+        super().__init__("the handler asks for another try")
+        self.after_seconds = after.total_seconds() if isinstance(after, timedelta) else after
 
 
 class RolledBack(OutboxError):
@@ -47,3 +68,8 @@ class NotMigrated(OutboxError):
 
 class NoServer(OutboxError):
     """Raised when no PostgreSQL or Redis can be found to start. The message says what to install."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a server's message: the DETAIL that may follow shows values of rows."""
+    return str(error).strip().partition("\n")[0]

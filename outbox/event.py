@@ -1,22 +1,30 @@
-"""What an event is: classes marked with `@event`, checked and encoded once, when they are recorded."""
+"""What an event is: classes marked with `@event`, checked and encoded once, when they are recorded.
+
+`encode` makes the row that the outbox stores, `received` and `decoder` read the entry of a stream back.
+"""
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import difflib
+import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
+import msgspec
+
 from outbox.errors import InvalidEvent
 from outbox.lanes import STREAM_NAME
-from outbox.priority import check_priority, current_priority
+from outbox.priority import Cause, check_priority, current_cause, current_priority
 
 C = TypeVar("C", bound=type)
 
@@ -76,6 +84,7 @@ class EventType(NamedTuple):
 
 
 _registered: dict[type, EventType] = {}
+_classes: dict[tuple[str, str], type] = {}  # by stream and type
 
 
 def event(
@@ -103,6 +112,7 @@ def event(
         if key is not None and key not in fields:
             raise InvalidEvent(f"key: {cls.__name__} has no field {key!r}{_near(key, fields)}")
         _registered[cls] = EventType(stream, name, key, max_bytes, max_depth)
+        _classes[stream, name] = cls
         return cls
 
     return register
@@ -135,7 +145,7 @@ def encode(
         priority=current_priority() if priority is None else check_priority(priority),
         available_at=_check_moment(available_at),
         payload=_to_json(payload, kind.type, kind.max_bytes, kind.max_depth),
-        headers=_encode_headers(headers) if headers else None,
+        headers=_encode_headers(headers or {}),
     )
 
 
@@ -167,10 +177,7 @@ def _kind_of(event: object, stream: str | None, type: str | None) -> EventType:
             raise InvalidEvent(f"{missing}: a dict needs a type and a stream: publish(..., {missing}=...)")
         kind = EventType(stream, type, None, MAX_BYTES, MAX_DEPTH)
     else:
-        cls = event.__class__
-        if cls not in _registered:
-            raise InvalidEvent(f"event: {cls.__name__} is no event; mark the class with @event(stream=...)")
-        kind = _registered[cls]
+        kind = kind_of(event.__class__)
         kind = kind._replace(
             stream=kind.stream if stream is None else stream, type=kind.type if type is None else type
         )
@@ -334,7 +341,8 @@ def _check_moment(moment: datetime | None) -> datetime | None:
     return moment
 
 
-def _encode_headers(headers: Mapping[str, str]) -> str:
+def _encode_headers(headers: Mapping[str, str]) -> str | None:
+    """Return the headers as JSON, with those that tell of the event's cause and of the current trace."""
     if not isinstance(headers, Mapping):
         raise InvalidEvent(f"headers: a mapping of strings is needed, not {headers!r}")
     if len(headers) > MAX_HEADERS:
@@ -348,7 +356,140 @@ def _encode_headers(headers: Mapping[str, str]) -> str:
             raise InvalidEvent(f"headers.{name}: a string is needed, not {value!r}")
         if fault := _text_fault(value):
             raise InvalidEvent(f"headers.{name}: {fault}")
-    text = _encoder(dict(headers))
+    cause = current_cause()
+    carried = (cause.headers() if cause else {}) | current_trace() | dict(headers)
+    if not carried:
+        return None
+    text = _encoder(carried)
     if len(text.encode()) > MAX_BYTES:
         raise InvalidEvent(f"headers: more than {MAX_BYTES} bytes")
     return text
+
+
+# -- the W3C trace context ---------------------------------------------------------------------------------
+
+TRACE = ("traceparent", "tracestate")
+
+
+def current_trace() -> dict[str, str]:
+    """Return the current span as headers; none where OpenTelemetry is not in use."""
+    if "opentelemetry.trace" not in sys.modules:  # nobody has begun a span
+        return {}
+    carrier: dict[str, str] = {}
+    _propagator().inject(carrier)
+    return carrier
+
+
+@contextmanager
+def tracing(headers: Mapping[str, str]) -> Iterator[None]:
+    """Make the span that the headers name the current one, where OpenTelemetry is installed."""
+    if "traceparent" not in headers or not importlib.util.find_spec("opentelemetry"):
+        yield
+        return
+    context = importlib.import_module("opentelemetry.context")
+    token = context.attach(_propagator().extract(dict(headers)))
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
+def _propagator() -> Any:
+    module = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
+    return module.TraceContextTextMapPropagator()
+
+
+# -- received ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Received:
+    """An event as its handler gets it: an entry of a stream, decoded.
+
+    `data` is an instance of the event's class where the class is known, else what JSON made of it. `lane` is
+    "primary" or "backfill", `created_at` when it was recorded, `deliveries` how often it has been
+    given to a handler of the group, this time included.
+    """
+
+    id: UUID
+    type: str
+    stream: str
+    key: str | None
+    priority: int
+    lane: str
+    created_at: datetime
+    headers: Mapping[str, str]
+    data: Any
+    correlation_id: str
+    causation_id: str | None
+    deliveries: int
+
+    def cause(self) -> Cause:
+        """Return what the events that its handler records will say of it."""
+        trace = {name: self.headers[name] for name in TRACE if name in self.headers}
+        return Cause(str(self.id), self.correlation_id, trace)
+
+
+def class_of(stream: str, type: str) -> builtins.type | None:
+    """Return the class that is marked as this type of this stream, or None."""
+    return _classes.get((stream, type))
+
+
+def kind_of(cls: builtins.type) -> EventType:
+    """Return what `@event` says of a class. Raises InvalidEvent when it is not marked."""
+    if cls not in _registered:
+        raise InvalidEvent(f"event: {cls.__name__} is no event; mark the class with @event(stream=...)")
+    return _registered[cls]
+
+
+def received(fields: Mapping[bytes, bytes], stream: str, lane: str, deliveries: int) -> Received:
+    """Read an entry of a stream; `data` is bytes still, for `decoder`.
+
+    Raises InvalidEvent, which names the field, for what is no event of an outbox: anybody may have written it.
+    """
+    try:
+        text: dict[str, Any] = {
+            name.decode(): value.decode() for name, value in fields.items() if name != b"data"
+        }
+        return Received(
+            id=UUID(text.pop("id")),
+            type=text.pop("type"),
+            stream=stream,
+            key=text.pop("subject", None),
+            priority=check_priority(int(text.pop("priority", "0"))),
+            lane=lane,
+            created_at=datetime.fromisoformat(text.pop("time")),
+            data=fields[b"data"],
+            correlation_id=text.pop("correlationid", None) or fields[b"id"].decode(),
+            causation_id=text.pop("causationid", None),
+            headers={name: value for name, value in text.items() if name not in ENVELOPE and ":" not in name},
+            deliveries=deliveries,
+        )
+    except KeyError as error:
+        name = error.args[0]
+        raise InvalidEvent(f"{name if isinstance(name, str) else name.decode()}: it is missing") from None
+    except ValueError as error:
+        raise InvalidEvent(f"entry: this is no event of an outbox: {error}") from None
+
+
+def decoder(cls: builtins.type | None) -> Callable[[bytes], Any]:
+    """Return the function from an event's `data` to an instance of the class; None: to plain JSON values.
+
+    The function raises ValueError. Raises InvalidEvent when the fields of the class cannot be decoded at all.
+    """
+    if cls is None:
+        return msgspec.json.decode
+    if hasattr(cls, "model_validate_json"):
+        validate: Callable[[bytes], Any] = cls.model_validate_json
+        return validate
+    try:
+        return msgspec.json.Decoder(cls, dec_hook=_convert).decode
+    except (TypeError, NameError) as error:
+        raise InvalidEvent(f"event: {cls.__name__} cannot be decoded: {error}") from error
+
+
+def _convert(cls: Any, value: Any) -> Any:
+    """Decode a field of a class that msgspec does not know."""
+    if hasattr(cls, "model_validate"):
+        return cls.model_validate(value)
+    return cls(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import select
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -42,8 +43,34 @@ class Stop:
         os.close(self._write)
 
 
+class AsyncStop:
+    """Stop for coroutines: `set()` may come from any thread, or a signal handler."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._event = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for the stop, or for so long; return whether it has come."""
+        self._loop = asyncio.get_running_loop()
+        if not self._set:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._event.wait()
+        return self._set
+
+
 @contextmanager
-def stop_on_signals(stop: Stop) -> Iterator[None]:
+def stop_on_signals(stop: Stop | AsyncStop) -> Iterator[None]:
     """Let SIGTERM and SIGINT ask for the stop; the second of them ends the process at once.
 
     The exit status of the second is 128 + the signal's number, as of a process that it killed.

@@ -1,13 +1,14 @@
-"""The priority of an event, and the scope that sets it for everything recorded inside."""
+"""The scope in which events are recorded: their priority, and the event whose handler records them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import IntEnum
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from outbox.errors import InvalidPriority
 
@@ -87,17 +88,47 @@ class processing_priority:
         _open.set(tuple(other for other in _open.get() if other is not level))
 
 
+class Cause(NamedTuple):
+    """The event whose handler is running: what the handler records carries these headers on."""
+
+    event_id: str
+    correlation_id: str
+    trace: Mapping[str, str]  # W3C trace context of the event: traceparent, tracestate
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of an event that this one causes."""
+        return {"correlationid": self.correlation_id, "causationid": self.event_id, **self.trace}
+
+
+_cause: ContextVar[Cause | None] = ContextVar("outbox_cause", default=None)
+
+
+def current_cause() -> Cause | None:
+    """Return the event whose handler is running, or None outside of any."""
+    return _cause.get()
+
+
+@contextmanager
+def caused_by(cause: Cause | None) -> Iterator[None]:
+    """Let everything recorded in the block be caused by that event."""
+    token = _cause.set(cause)
+    try:
+        yield
+    finally:
+        _cause.reset(token)
+
+
 def carry_priority(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `function` bound to the priority in force now.
+    """Return `function` bound to the priority in force now, and to the event whose handler is running.
 
     For `executor.submit(carry_priority(f), ...)` and `loop.run_in_executor(None, carry_priority(f))`,
     which lose context variables.
     """
-    priority = current_priority()
+    priority, cause = current_priority(), current_cause()
 
     @functools.wraps(function)
     def carried(*args: P.args, **kwargs: P.kwargs) -> R:
-        with processing_priority(priority):
+        with processing_priority(priority), caused_by(cause):
             return function(*args, **kwargs)
 
     return carried

@@ -30,7 +30,7 @@ from psycopg.rows import dict_row
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable
+from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable, first_line
 from outbox.event import Waiting
 
 TABLES = {
@@ -603,11 +603,6 @@ def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     events = [Waiting._make(row) for row in rows]
     events.sort(key=lambda event: (-event.priority, event.created_at, event.id))
     return events
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a server's message: the DETAIL that may follow shows values of rows."""
-    return str(error).strip().partition("\n")[0]
 
 
 def _put_back_row(refusal: Refusal) -> tuple[Any, ...]:

@@ -1,0 +1,866 @@
+"""The consumer: it drains the primary lanes, and takes from backfill only while they are empty.
+
+Any number of workers, each of which handles one event at a time, share what this process has in hand:
+
+    fresh primary entries, a few milliseconds' worth  ─┐
+    entries to be tried again, each at its time       ─┤
+    Redis: primary first, else one entry of backfill  ─┴──> worker ──> handler, inbox, commit ──> ack
+                                                              │
+                                            failed: try again │ given up: <lane>:dlq
+    The keeper renews what is in hand, claims what dead consumers have left, and purges the inbox.
+
+There is one implementation for blocking and for asyncio services. It is written in coroutines; those of a
+blocking consumer never suspend (see `groups`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import heapq
+import inspect
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from outbox import inbox
+from outbox.errors import (
+    DatabaseUnavailable,
+    InvalidEvent,
+    InvalidHandler,
+    InvalidSetting,
+    OutboxError,
+    RedisUnavailable,
+    Reject,
+    Retry,
+    Unavailable,
+    first_line,
+)
+from outbox.event import Received, check_stream, check_text, class_of, decoder, kind_of, received, tracing
+from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost, finish, settled
+from outbox.lanes import STREAM_NAME, Lanes
+from outbox.loop import AsyncStop, Backoff, Every, Stop, backoff_seconds, stop_on_signals
+from outbox.priority import caused_by, processing_priority
+from outbox.settings import redact
+
+H = TypeVar("H", bound=Callable[..., Any])
+T = TypeVar("T")
+log = logging.getLogger("outbox.consumer")
+
+PREFETCH = 100  # entries of a lane, at the most
+PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
+ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
+WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
+DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
+MOST_WAITING = 10_000  # entries to be tried again: with more, nothing new is read
+INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
+
+_numbers = itertools.count(1)
+_names = itertools.count(1)
+
+
+class Handler(NamedTuple):
+    """A function, the events it takes (None: all), and the class it wants their data as (None: as is marked)."""
+
+    function: Callable[..., Any]
+    stream: str | None
+    type: str | None
+    cls: Any
+
+    def takes(self, event: Received) -> bool:
+        return self.type in (None, event.type) and self.stream in (None, event.stream)
+
+
+Call = tuple[Callable[..., Any], Received]
+
+
+class Again(NamedTuple):
+    """A pending entry that is to be handled at a time of the monotonic clock.
+
+    `entry`: it was delivered at `since` but could not be handled, through no fault of its own. Without it, it is
+    to be delivered once more.
+    """
+
+    at: float
+    number: int
+    lane: str
+    id: str
+    entry: Entry | None = None
+    since: float = 0.0
+
+
+class Hand:
+    """What this process has in hand, shared by its workers and its keeper; no method blocks."""
+
+    def __init__(self, idle_seconds: float, is_primary: Callable[[str], bool]) -> None:
+        self._sure_seconds = idle_seconds / 2
+        self._is_primary = is_primary
+        self._lock = threading.Lock()
+        self._held: dict[str, dict[str, None]] = defaultdict(dict)
+        self._fresh: deque[Again] = deque()
+        self._again: dict[bool, list[Again]] = {True: [], False: []}  # heaps, by: of a primary lane
+        self.renewed_at = 0.0  # by the monotonic clock
+
+    def read(self, entries: Iterable[Entry], since: float) -> None:
+        """Hold entries that were delivered for the first time."""
+        with self._lock:
+            for entry in entries:
+                self._held[entry.lane][entry.id] = None
+                self._fresh.append(Again(0.0, 0, entry.lane, entry.id, entry, since))
+
+    def fresh(self) -> Again | None:
+        """Return the first entry of those that were read."""
+        with self._lock:
+            return self._fresh.popleft() if self._fresh else None
+
+    def adopt(self, lane: str, ids: Iterable[str]) -> None:
+        """Hold pending entries that nobody in this process has in hand, to be delivered at once."""
+        with self._lock:
+            for id_ in ids:
+                if id_ not in self._held[lane]:
+                    self._held[lane][id_] = None
+                    self._push(Again(0.0, next(_numbers), lane, id_))
+
+    def retry(self, entry: Entry, at: float) -> None:
+        """Have an entry delivered once more at a time."""
+        with self._lock:
+            self._push(Again(at, next(_numbers), entry.lane, entry.id))
+
+    def put_back(self, again: Again) -> None:
+        """Take back what could not be handled, through no fault of its own."""
+        with self._lock:
+            self._push(again)
+
+    def due(self, primary: bool) -> Again | None:
+        """Return an entry whose time has come."""
+        with self._lock:
+            heap = self._again[primary]
+            return heapq.heappop(heap) if heap and heap[0].at <= time.monotonic() else None
+
+    def next_at(self) -> float:
+        """Return the earliest time at which an entry is to be handled again."""
+        with self._lock:
+            return min((heap[0].at for heap in self._again.values() if heap), default=float("inf"))
+
+    def surely_ours(self, since: float) -> bool:
+        """Return whether an entry delivered at `since` cannot have been claimed by another consumer.
+
+        It may have been when this process was frozen, or Redis was away, for longer than the heartbeat.
+        """
+        return time.monotonic() - max(since, self.renewed_at) < self._sure_seconds
+
+    def drop(self, lane: str, id_: str) -> None:
+        """Forget an entry: it is finished, or not ours any more."""
+        with self._lock:
+            self._held[lane].pop(id_, None)
+
+    def held(self) -> dict[str, list[str]]:
+        """Return the entry ids in hand, by lane."""
+        with self._lock:
+            return {lane: list(ids) for lane, ids in self._held.items() if ids}
+
+    def is_full(self) -> bool:
+        """Return whether so much is to be tried again that nothing new should be read."""
+        return sum(map(len, self._again.values())) >= MOST_WAITING
+
+    def _push(self, again: Again) -> None:
+        heapq.heappush(self._again[self._is_primary(again.lane)], again)
+
+
+class _Core:
+    """What a blocking and an asyncio consumer share: all but how to wait, and how to run several at once."""
+
+    _asynchronous = False
+
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        group: str,
+        streams: Sequence[str],
+        sessions: Callable[[], Any] | None = None,
+        name: str | None = None,
+        concurrency: int = 1,
+        unknown: Literal["dead", "skip"] = "dead",
+        max_deliveries: int = 10,
+        backoff: timedelta = timedelta(seconds=1),
+        backoff_max: timedelta = timedelta(seconds=300),
+        claim_idle: timedelta = timedelta(seconds=30),
+        inbox_retention: timedelta = timedelta(days=7),
+        backfill_suffix: str = "backfill",
+    ) -> None:
+        spans = {"claim_idle": claim_idle, "backoff": backoff, "backoff_max": backoff_max}
+        _check(
+            group=group, name=name, concurrency=concurrency, unknown=unknown, max_deliveries=max_deliveries
+        )
+        _check(inbox_retention=inbox_retention, **spans)
+        if isinstance(streams, str) or not streams:
+            raise InvalidSetting("streams: a list of at least one stream's name is needed")
+        self.group, self.name = group, name or _unique_name()
+        self.counts: Counter[str] = (
+            Counter()
+        )  # since the start: handled, repeated, failed, dead, skipped, lost
+        self._counting = threading.Lock()
+        self._primary = [check_stream(stream) for stream in dict.fromkeys(streams)]
+        lanes = Lanes(suffix=backfill_suffix)
+        self._backfill = [lanes.lane(stream, -1) for stream in self._primary]
+        self._stream_of = dict(zip(self._primary + self._backfill, self._primary * 2, strict=True))
+        self._redis_url = redis_url
+        self._sessions = sessions
+        self._concurrency = concurrency
+        self._unknown = unknown
+        self._max_deliveries = max_deliveries
+        self._backoff = (backoff.total_seconds(), backoff_max.total_seconds())
+        self._idle_seconds = claim_idle.total_seconds()
+        self._inbox_retention = inbox_retention
+        self._handlers: list[Handler] = []
+        self._by_kind: dict[tuple[str, str], list[tuple[Callable[..., Any], Callable[[bytes], Any]]]] = {}
+        self._hand = Hand(self._idle_seconds, lambda lane: lane in self._primary)
+        self._keep_again = Every(self._idle_seconds / 3)
+        self._purge_again = Every(60)
+        self._claim_from = dict.fromkeys(self._stream_of, "0-0")
+        self._begun = False
+        self._stop: Stop | AsyncStop = AsyncStop() if self._asynchronous else Stop()
+        self._first = self._groups()  # of the first worker; refuses a wrong URL now
+
+    # -- handlers ------------------------------------------------------------------------------------------
+
+    def on(self, event: type | str) -> Callable[[H], H]:
+        """Make the decorated function a handler of an event: a class marked with `@event`, or a type's name.
+
+        It is called with `(event, session)` where the consumer has `sessions`, else with `(event)`. All handlers of
+        an event run one after the other, in one transaction.
+
+        Raises InvalidEvent when the class is not marked, or cannot be decoded; InvalidHandler for a function that
+        cannot be called so.
+        """
+        if isinstance(event, str):
+            return self._register(None, check_text("event", event, 255), None)
+        kind = kind_of(event)
+        decoder(event)  # refuses a class that cannot be decoded now, not when the first event comes
+        return self._register(kind.stream, kind.type, event)
+
+    def on_any(self, handler: H) -> H:
+        """Make the decorated function a handler of all events; `event.data` is of the event's class if it is known."""
+        return self._register(None, None, None)(handler)
+
+    def _register(self, stream: str | None, type_: str | None, cls: type[Any] | None) -> Callable[[H], H]:
+        def register(handler: H) -> H:
+            self._check_handler(handler)
+            self._handlers.append(Handler(handler, stream, type_, cls))
+            self._by_kind.clear()
+            return handler
+
+        return register
+
+    def _check_handler(self, handler: Callable[..., Any]) -> None:
+        given = ("event",) if self._sessions is None else ("event", "session")
+        try:
+            inspect.signature(handler).bind(*given)
+        except TypeError:
+            wanted = ", ".join(given)
+            name = getattr(handler, "__qualname__", repr(handler))
+            raise InvalidHandler(f"{name}: a handler of this consumer is called with ({wanted})") from None
+        except ValueError:  # a builtin that does not tell
+            pass
+
+    # -- a worker ------------------------------------------------------------------------------------------
+
+    async def _begin(self, groups: Groups) -> None:
+        """Create the groups, and take up what was left pending under this name: primary before backfill."""
+        await self._create(groups)
+        for lane in groups.lanes:
+            self._hand.adopt(lane, [id_ async for id_ in groups.pending(lane)])
+        self._begun = True
+
+    async def _create(self, groups: Groups) -> None:
+        if created := await groups.create():
+            log.info(
+                "created the group %s at the first entry of %s", self.group, ", ".join(created),
+                extra={"action": "group_created"},
+            )  # fmt: skip
+
+    async def _work(self, worker: Worker) -> None:
+        """Handle events until stopped, whatever happens to Redis and PostgreSQL."""
+        outage = Backoff(0.1, 5.0)
+        while not self._stop.is_set():
+            try:
+                if not self._begun:
+                    await self._begin(worker.groups)
+                if not await worker.step():
+                    await worker.wait()
+            except GroupMissing as error:
+                self._begun = False
+                await self._back_off(error, outage)
+            except OutboxError as error:
+                await self._back_off(error, outage)
+            except Exception as error:
+                log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
+                await self._back_off(Unavailable(repr(error)), outage)
+            else:
+                if outage.failures:
+                    log.info("the servers answer again", extra={"action": "consumer_recovered"})
+                    outage.reset()
+        with suppress(OutboxError):
+            await worker.end()
+        await worker.groups.close()
+
+    async def _back_off(self, error: OutboxError, outage: Backoff) -> None:
+        pause = outage.next()
+        log.warning("%s; next try in %.1f s", error, pause, extra={"action": "consumer_backoff"})
+        await self._wait(pause)
+
+    # -- one event -----------------------------------------------------------------------------------------
+
+    async def _handle(self, worker: Worker, entry: Entry) -> None:
+        """Handle one entry, or see to it that it is handled later, or given up. Raises Unavailable."""
+        if entry.fields.get(FOR_GROUP, self.group.encode()) != self.group.encode():
+            worker.finished(entry)  # replayed, for another group
+            return
+        try:
+            event = self._read(entry)
+            if entry.deliveries > self._max_deliveries:
+                raise Reject("its handler has never come to an end: the process died, or was replaced")
+            if calls := self._calls(event):
+                await self._apply(worker, event, calls)
+        except Unavailable:
+            raise
+        except (Reject, InvalidEvent) as error:
+            await self._give_up(worker, entry, str(error))
+        except Exception as error:
+            await self._fail(worker, entry, error)
+        else:
+            self._count("handled" if calls else "skipped")
+            worker.finished(entry)
+
+    def _read(self, entry: Entry) -> Received:
+        lane = "primary" if entry.lane in self._primary else "backfill"
+        return received(entry.fields, self._stream_of[entry.lane], lane, entry.deliveries)
+
+    def _calls(self, event: Received) -> list[Call]:
+        """Return the handlers of an event, each with the event as it wants it. Raises Reject or InvalidEvent."""
+        kind = (event.stream, event.type)
+        if (handlers := self._by_kind.get(kind)) is None:
+            marked = class_of(*kind)
+            handlers = [
+                (handler.function, decoder(handler.cls or marked))
+                for handler in self._handlers
+                if handler.takes(event)
+            ]
+            if len(self._by_kind) < 1000:  # the types of a stream are few, or it is somebody's mischief
+                self._by_kind[kind] = handlers
+        if not handlers and self._unknown == "dead":
+            raise Reject(f"no handler takes the type {event.type!r} of {event.stream}")
+        try:
+            return [(function, replace(event, data=decode(event.data))) for function, decode in handlers]
+        except (ValueError, TypeError) as error:
+            raise InvalidEvent(f"data: {first_line(error)}") from error
+
+    async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> None:
+        """Run the handlers, in one transaction with the inbox's row where there is an inbox."""
+        with processing_priority(event.priority), caused_by(event.cause()), tracing(event.headers):
+            if self._sessions is None:
+                for function, decoded in calls:
+                    await self._call(worker, function, decoded)
+            else:
+                await self._in_session(lambda session: self._transact(worker, session, event, calls))
+
+    async def _in_session(self, use: Callable[[Any], Awaitable[T]]) -> T:
+        """Use a session of the service, and close it. Raises DatabaseUnavailable for what no event is to blame for."""
+        assert self._sessions is not None
+        with _translated():
+            session = self._sessions()
+            try:
+                return await use(session)
+            finally:
+                await settled(session.close())
+
+    async def _transact(self, worker: Worker, session: Any, event: Received, calls: list[Call]) -> None:
+        """Note the event in the inbox, run the handlers if it is the first time, and commit."""
+        await settled(session.begin())
+        try:
+            noted = await settled(session.execute(inbox.first_time(self.group, event.id)))
+        except DBAPIError as error:  # the tables may be missing, say
+            raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
+        if noted.rowcount:
+            with _only_we_commit(session):
+                for function, decoded in calls:
+                    await self._call(worker, function, decoded, session)
+        else:
+            self._count("repeated")
+        await settled(session.commit())
+
+    async def _fail(self, worker: Worker, entry: Entry, error: Exception) -> None:
+        """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
+        reason = redact(f"{type(error).__name__}: {first_line(error)}")
+        if entry.deliveries >= self._max_deliveries:
+            await self._give_up(worker, entry, reason, error)
+            return
+        wait = error.after_seconds if isinstance(error, Retry) else None
+        if wait is None:
+            wait = backoff_seconds(entry.deliveries, *self._backoff)
+        self._count("failed")
+        self._hand.retry(entry, time.monotonic() + wait)
+        log.warning(
+            "%s %s has failed, delivery %d of %d: %s; again in %.1f s",
+            entry.lane, entry.id, entry.deliveries, self._max_deliveries, reason, wait,
+            extra={"action": "event_failed"}, exc_info=None if isinstance(error, Retry) else error,
+        )  # fmt: skip
+
+    async def _give_up(
+        self, worker: Worker, entry: Entry, reason: str, error: Exception | None = None
+    ) -> None:
+        """Move the entry to the dead letters, in one step with its ack."""
+        died_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        try:
+            buried = await worker.groups.bury(entry, reason[:1000], died_at)
+        except RedisUnavailable:
+            self._hand.retry(entry, time.monotonic() + self._backoff[1])
+            raise
+        self._hand.drop(entry.lane, entry.id)
+        if buried:
+            self._count("dead")
+            log.error(
+                "%s %s is a dead letter after delivery %d: %s", entry.lane, entry.id, entry.deliveries, reason,
+                extra={"action": "event_dead"}, exc_info=error,
+            )  # fmt: skip
+
+    def _report_lost(self, lane: str, id_: str) -> None:
+        self._hand.drop(lane, id_)
+        self._count("lost")
+        log.error(
+            "%s %s was deleted by somebody before it was handled: it is lost", lane, id_,
+            extra={"action": "entry_lost"},
+        )  # fmt: skip
+
+    # -- the keeper ----------------------------------------------------------------------------------------
+
+    async def _keep(self, groups: Groups) -> None:
+        """Renew, claim and purge in time, until stopped."""
+        pause = 0.0
+        while not self._stop.is_set():
+            await self._wait(pause)
+            pause = self._idle_seconds / 3
+            try:
+                if await self._keep_once(groups):
+                    pause = min(pause, 0.1)  # there may be more
+            except GroupMissing:
+                pass  # the workers create it again
+            except OutboxError as error:
+                log.warning("%s", error, extra={"action": "keeper_failed"})
+                pause = min(pause, 1.0)
+            except Exception:
+                log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
+        await groups.close()
+
+    async def _keep_once(self, groups: Groups) -> bool:
+        """Do what is to be done now and then; return whether there may be more to claim."""
+        started = time.monotonic()
+        for lane, ids in self._hand.held().items():
+            await groups.renew(lane, ids)
+        self._hand.renewed_at = started
+        claimed = 0
+        for lane in groups.lanes if not self._hand.is_full() else ():
+            claimed += await self._claim(groups, lane)
+        if self._purge_again.due():
+            await groups.forget(idle_seconds=10 * self._idle_seconds)
+            await self._purge(groups)
+        return bool(claimed)
+
+    async def _claim(self, groups: Groups, lane: str) -> int:
+        """Take up what consumers that are dead or frozen have left in a lane; return how many entries."""
+        self._claim_from[lane], ids, lost = await groups.claim(
+            lane, self._idle_seconds, self._claim_from[lane]
+        )
+        self._hand.adopt(lane, ids)
+        for id_ in lost:
+            self._report_lost(lane, id_)
+        if ids:
+            log.warning(
+                "claimed %d entries of %s from consumers that were silent for %g s", len(ids), lane,
+                self._idle_seconds, extra={"action": "entries_claimed"},
+            )  # fmt: skip
+        return len(ids)
+
+    async def _purge(self, groups: Groups) -> None:
+        """Delete old rows of the inbox: of no event that Redis still has, or the relay may send again."""
+        if self._sessions is None:
+            return
+        before = datetime.now(UTC) - self._inbox_retention
+        if (oldest_ms := await groups.oldest_ms()) is not None:
+            before = min(before, datetime.fromtimestamp(oldest_ms / 1000, UTC) - INBOX_MARGIN)
+        while not self._stop.is_set():
+            if (
+                await self._in_session(lambda session: self._purge_some(session, before))
+                < inbox.PURGED_AT_ONCE
+            ):
+                break
+
+    async def _purge_some(self, session: Any, before: datetime) -> int:
+        done = await settled(session.execute(inbox.purge(self.group, before)))
+        await settled(session.commit())
+        return int(done.rowcount)
+
+    # -- what differs --------------------------------------------------------------------------------------
+
+    def _groups(self) -> Groups:
+        return Groups(
+            self._redis_url,
+            group=self.group,
+            consumer=self.name,
+            primary=self._primary,
+            backfill=self._backfill,
+            asynchronous=self._asynchronous,
+        )
+
+    async def _step_once(self) -> int:
+        worker = Worker(self, self._first, most=1)
+        if not self._begun:
+            await self._begin(self._first)
+        if self._keep_again.due():
+            await self._keep_once(self._first)
+        try:
+            return await worker.step()
+        finally:
+            await worker.flush()
+
+    async def _leave(self) -> None:
+        """Remove this consumer from the group, where nothing is pending for it."""
+        with suppress(OutboxError):
+            await self._first.forget(self.name)
+        await self._first.close()
+        self._begun = False
+
+    def _say_started(self) -> None:
+        log.info(
+            "%s of group %s reads %s", self.name, self.group, ", ".join(self._primary),
+            extra={"action": "consumer_started"},
+        )  # fmt: skip
+
+    def _say_stopped(self) -> None:
+        log.info("", extra={"action": "consumer_stopped", "fields": dict(self.counts)})
+
+    def _count(self, what: str) -> None:
+        with self._counting:
+            self.counts[what] += 1
+
+    async def _wait(self, seconds: float) -> None:
+        await settled(self._stop.wait(max(0.0, seconds)))
+
+    async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
+        raise NotImplementedError
+
+
+class Worker:
+    """Handles one event at a time, on a connection of its own."""
+
+    def __init__(self, core: _Core, groups: Groups, most: int = PREFETCH) -> None:
+        self.groups = groups
+        self.loop: asyncio.Runner | None = None  # of a blocking worker with handlers of asyncio
+        self._core, self._hand, self._most = core, core._hand, most
+        self._done: dict[str, list[str]] = defaultdict(list)
+        self._done_since = float("inf")
+        self._newest: list[Any] = []
+        self._seconds = PREFETCH_SECONDS  # that handling an event takes
+
+    async def step(self) -> int:
+        """Handle the next event, primary first; return 1, or 0 when there is none. Raises Unavailable."""
+        found = await self._next()
+        if found is None:
+            return 0
+        entry = found.entry
+        if entry is None or not self._hand.surely_ours(found.since):
+            taken = await self.groups.take(found.lane, found.id)
+            if not isinstance(taken, Entry):
+                self._not_ours(found, taken)
+                return 1
+            entry = taken
+        started = time.monotonic()
+        if started - self._done_since > ACK_SECONDS:
+            await self.flush()
+        try:
+            await self._core._handle(self, entry)
+        except Unavailable:
+            self._hand.put_back(Again(0.0, 0, entry.lane, entry.id, entry, started))
+            raise
+        self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
+        return 1
+
+    async def wait(self) -> None:
+        """Block until there is something in a lane, or to try again; not for long, as stop must be heard."""
+        seconds = min(WAIT_SECONDS, self._hand.next_at() - time.monotonic())
+        if seconds > 0:
+            await self.groups.wait(self._newest or ["$"] * len(self.groups.lanes), seconds)
+
+    def finished(self, entry: Entry) -> None:
+        """Note that an entry is to be acked, with the next read or soon."""
+        if not self._done:
+            self._done_since = time.monotonic()
+        self._done[entry.lane].append(entry.id)
+        self._hand.drop(entry.lane, entry.id)
+
+    async def flush(self) -> None:
+        """Ack what is finished."""
+        if self._done:
+            await self.groups.ack(self._done)
+            self._acked()
+
+    async def end(self) -> None:
+        """Finish what was read already, for a while, and ack."""
+        until = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < until and (found := self._hand.fresh()):
+            assert found.entry is not None
+            if self._hand.surely_ours(found.since):
+                await self._core._handle(self, found.entry)
+        await self.flush()
+
+    async def _next(self) -> Again | None:
+        """Return the next entry: of primary as long as there is any, else the oldest of backfill."""
+        hand = self._hand
+        if found := hand.due(primary=True) or hand.fresh():
+            return found
+        if hand.is_full():
+            return hand.due(primary=False)
+        waiting = hand.due(primary=False)
+        count = max(1, min(self._most, int(PREFETCH_SECONDS / max(self._seconds, 1e-9))))
+        now = time.monotonic()
+        try:
+            read, self._newest = await self.groups.next(count, self._done, backfill=waiting is None)
+        except BaseException:
+            if waiting:
+                hand.put_back(waiting)
+            raise
+        self._acked()
+        hand.read(read, now)
+        if read and waiting:
+            hand.put_back(waiting)
+        return hand.fresh() if read else waiting
+
+    def _acked(self) -> None:
+        self._done.clear()
+        self._done_since = float("inf")
+
+    def _not_ours(self, found: Again, taken: Lost | None) -> None:
+        if taken:
+            self._core._report_lost(found.lane, found.id)
+        else:
+            self._hand.drop(found.lane, found.id)
+
+
+class Consumer(_Core):
+    """Run the handlers of a service: `Consumer(redis_url, group="billing", streams=["customer"])`.
+
+    Each event of a stream goes to one consumer of each group. Primary events come first: backfill is taken one at a
+    time, and only while the primary lanes are empty. Handlers run under the priority of their event.
+
+    `sessions` is a sessionmaker: the handler's session is then one transaction with the event's row in the inbox, and
+    its effects are applied exactly once; without it, at least once. With an `async_sessionmaker`, an AsyncConsumer
+    is made. `name` identifies this process within the group, and must be no other's at the same time; what was
+    pending under it is taken up at the start. The default is unique.
+
+    `concurrency` handlers run at once, in threads. A handler that fails is called again after `backoff`, doubling up
+    to `backoff_max`; after `max_deliveries` the entry moves to `<lane>:dlq`. `unknown` says what becomes of an
+    event that no handler takes: "dead" (a dead letter) or "skip". Entries of a consumer that is silent for
+    `claim_idle` are claimed by the others. Rows of the inbox are kept for `inbox_retention`, and for as long as
+    Redis has the entry.
+
+    Raises InvalidSetting, which names the argument.
+    """
+
+    def __new__(cls, redis_url: str, **arguments: Any) -> Any:
+        if _is_async(arguments.get("sessions")):
+            return AsyncConsumer(redis_url, **arguments)
+        return super().__new__(cls)
+
+    def run(self) -> None:
+        """Handle events until stopped, whatever happens to Redis and PostgreSQL. Blocks.
+
+        In the main thread of a process that does not handle SIGTERM itself, the first SIGTERM or Ctrl-C stops it after
+        the event in hand, and a second one ends the process at once.
+        """
+        ours = threading.current_thread() is threading.main_thread()
+        ours = ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        with stop_on_signals(self._stop) if ours else nullcontext():
+            self._say_started()
+            others = [self._groups() for _ in range(self._concurrency - 1)]
+            works = [self._keep(self._groups()), *(self._work(Worker(self, groups)) for groups in others)]
+            threads = [threading.Thread(target=finish, args=(work,), daemon=True) for work in works]
+            for thread in threads:
+                thread.start()
+            finish(self._work(Worker(self, self._first)))
+            for thread in threads:
+                thread.join()
+            finish(self._leave())
+            self._say_stopped()
+
+    def run_once(self) -> int:
+        """Handle the next event that is there, primary first; return 1, or 0 when there is none.
+
+        Raises Unavailable when Redis or PostgreSQL cannot do its part; the event stays pending.
+        """
+        return finish(self._step_once())
+
+    def drain(self) -> int:
+        """Handle events until none is there to be handled now; return how many. Raises Unavailable."""
+        return sum(iter(self.run_once, 0))
+
+    def stop(self) -> None:
+        """Ask `run` to return after the events in hand; may be called from anywhere, and repeated."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Leave the group, if nothing is pending here: after `run_once`; `run` does it by itself."""
+        finish(self._leave())
+
+    async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
+        result = handler(*arguments)
+        if inspect.isawaitable(result):
+            worker.loop = worker.loop or asyncio.Runner()
+            worker.loop.run(settled(result), context=contextvars.copy_context())
+
+
+class AsyncConsumer(_Core):
+    """Consumer for services of asyncio: `run`, `run_once`, `drain` and `close` are awaited; handlers too.
+
+    `concurrency` handlers run at once, as tasks. `run` handles no signal; a cancelled one leaves what it had in hand
+    pending.
+    """
+
+    _asynchronous = True
+
+    async def run(self) -> None:
+        """Handle events until stopped, whatever happens to Redis and PostgreSQL."""
+        self._say_started()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep(self._groups()))
+            for groups in (self._first, *(self._groups() for _ in range(self._concurrency - 1))):
+                tasks.create_task(self._work(Worker(self, groups)))
+        await self._leave()
+        self._say_stopped()
+
+    async def run_once(self) -> int:
+        """Handle the next event that is there; see `Consumer.run_once`."""
+        return await self._step_once()
+
+    async def drain(self) -> int:
+        """Handle events until none is there to be handled now; return how many. Raises Unavailable."""
+        done = 0
+        while await self.run_once():
+            done += 1
+        return done
+
+    def stop(self) -> None:
+        """Ask `run` to return after the events in hand; may be called from any thread, and repeated."""
+        self._stop.set()
+
+    async def close(self) -> None:
+        """Leave the group, if nothing is pending here."""
+        await self._leave()
+
+    def _check_handler(self, handler: Callable[..., Any]) -> None:
+        super()._check_handler(handler)
+        if not (inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(_call_of(handler))):
+            name = getattr(handler, "__qualname__", repr(handler))
+            raise InvalidHandler(f"{name}: a handler of an AsyncConsumer is an `async def`")
+
+    async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
+        await handler(*arguments)
+
+
+def _call_of(handler: object) -> object:
+    return getattr(handler, "__call__", None)  # noqa: B004 - of an object, which may be a coroutine function
+
+
+def _is_async(sessions: object) -> bool:
+    """Return whether this makes AsyncSessions; does not import what a blocking service has no need of."""
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return module is not None and isinstance(
+        sessions, (module.async_sessionmaker, module.async_scoped_session)
+    )
+
+
+def _unique_name() -> str:
+    """Return host and process id, and a number for the second consumer of a process and later ones."""
+    number = next(_names)
+    return f"{socket.gethostname()}:{os.getpid()}" + (f":{number}" if number > 1 else "")
+
+
+def _check(**arguments: Any) -> None:
+    """Raise InvalidSetting, which names the argument."""
+    for name, value in arguments.items():
+        if isinstance(value, timedelta):
+            if value <= timedelta(0):
+                raise InvalidSetting(f"{name}: more than 0 s is needed, not {value}")
+        elif name in ("group", "name"):
+            if value is not None and not (isinstance(value, str) and STREAM_NAME.fullmatch(value)):
+                raise InvalidSetting(
+                    f"{name}: {value!r} is no name: letters, digits or any of _ . : / {{ }} -"
+                )
+        elif name == "unknown":
+            if value not in ("dead", "skip"):
+                raise InvalidSetting(f"unknown: dead or skip is needed, not {value!r}")
+        elif name in ("concurrency", "max_deliveries"):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidSetting(f"{name}: an integer of at least 1 is needed, not {value!r}")
+        else:
+            raise InvalidSetting(f"{name}: a timedelta is needed, not {value!r}")
+
+
+# -- the handler's transaction -----------------------------------------------------------------------------
+
+HANDLING = "outbox.handling"  # key in `session.info`
+
+
+@contextmanager
+def _only_we_commit(session: Any) -> Iterator[None]:
+    """Refuse a handler's own commit or rollback: the inbox's row would part from the rest of its effects."""
+    session = getattr(session, "sync_session", session)
+    transaction = session.get_transaction()
+    session.info[HANDLING] = True
+    try:
+        yield
+    finally:
+        del session.info[HANDLING]
+    if session.get_transaction() is not transaction:
+        raise InvalidHandler(
+            "a handler has rolled back the session that its consumer commits: use begin_nested()"
+        )
+
+
+@sqlalchemy_event.listens_for(Session, "before_commit")
+def _refuse_commit(session: Session) -> None:
+    if session.info.get(HANDLING) and not session.in_nested_transaction():
+        raise InvalidHandler("a handler must not commit its session: its consumer does, with the inbox's row")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn errors of the connection to PostgreSQL, which no event is to blame for, into DatabaseUnavailable."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+    except DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        of_connection = isinstance(error, (OperationalError, InterfaceError)) and (
+            state is None or state.startswith(("08", "57P", "53"))
+        )
+        if not (error.connection_invalidated or of_connection):
+            raise
+        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error.orig or error)}") from error

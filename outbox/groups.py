@@ -1,0 +1,356 @@
+"""Every Redis command of a consumer, and its scripts. It knows consumer groups and no SQL.
+
+| key | type | what it means |
+|---|---|---|
+| `<stream>`, `<stream>:backfill` | stream | the lanes; each has the consumer group, created at 0 |
+| ... pending entries of the group | | what was given to a consumer and is not finished; Redis counts the deliveries |
+| `<lane>:dlq` | stream | dead letters: the entry's own fields, and the `dlq:` ones below |
+
+| field of a dead letter | what it means |
+|---|---|
+| `dlq:group` | the consumer group that has given up |
+| `dlq:error` | why |
+| `dlq:deliveries` | how often it was given to a handler |
+| `dlq:entry` | its entry id in the lane: when it was published |
+| `dlq:died_at` | when it was given up, RFC 3339 |
+
+Methods are coroutines that never suspend when the client is a blocking one (`finish` runs them then), so that there
+is one implementation for both. All but `wait` are one script each: what they look at and what they do is one moment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+
+from outbox.errors import InvalidSetting, RedisUnavailable
+
+T = TypeVar("T")
+
+DEAD = ":dlq"  # suffix of the stream of a lane's dead letters
+FOR_GROUP = b"dlq:group"  # in an entry of a lane: a replayed dead letter, which is for this group alone
+
+# KEYS: the lanes, primary ones first. ARGV: group, consumer, number of primary lanes, count, turn, and then what
+# to ack first: lane and entry id in pairs. Reads up to `count` entries of each primary lane; only if there are
+# none, one entry of one backfill lane. With nothing to give it answers with the newest entry id of each lane, for
+# `wait`. A count of backfill of 0 (turn -1) leaves backfill alone.
+NEXT = """
+local group, consumer = ARGV[1], ARGV[2]
+local primaries, count, turn = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+for i = 6, #ARGV, 2 do redis.call('XACK', KEYS[tonumber(ARGV[i])], group, ARGV[i + 1]) end
+local function read(first, last, count)
+    local command = {'XREADGROUP', 'GROUP', group, consumer, 'COUNT', count, 'STREAMS'}
+    for i = first, last do command[#command + 1] = KEYS[i] end
+    for _ = first, last do command[#command + 1] = '>' end
+    return redis.call(unpack(command))
+end
+local found = read(1, primaries, count)
+if found then return found end
+local backfills = #KEYS - primaries
+if turn >= 0 then
+    for i = 0, backfills - 1 do
+        local lane = primaries + 1 + (turn + i) % backfills
+        found = read(lane, lane, 1)
+        if found then return found end
+    end
+end
+local newest = {'EMPTY'}
+for i = 1, #KEYS do
+    local last = redis.call('XREVRANGE', KEYS[i], '+', '-', 'COUNT', 1)
+    newest[i + 1] = last[1] and last[1][1] or '0-0'
+end
+return newest
+"""
+
+HEAD = """
+local lane, group, consumer, id = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local pending = redis.call('XPENDING', lane, group, id, id, 1)[1]
+if not pending or pending[2] ~= consumer then return {'GONE'} end
+local entry = redis.call('XRANGE', lane, id, id)[1]
+if not entry then
+    redis.call('XACK', lane, group, id)
+    return {'LOST'}
+end
+"""
+# Gives a pending entry once more to its consumer, and counts the delivery. GONE: somebody else has finished it, or
+# has claimed it. LOST: somebody has deleted it.
+TAKE = (
+    HEAD
+    + """
+redis.call('XCLAIM', lane, group, consumer, 0, id)
+return {'TAKEN', pending[4] + 1, entry[2]}
+"""
+)
+# Moves a pending entry to the dead letters, and acks it. KEYS: lane, dead letters. ARGV: ..., more fields.
+BURY = (
+    HEAD
+    + """
+local fields = entry[2]
+if #fields > 4000 then fields = {} end  -- of a foreign hand: more than Lua can pass on; it stays in the lane
+for i = 4, #ARGV do fields[#fields + 1] = ARGV[i] end
+redis.call('XADD', KEYS[2], '*', unpack(fields))
+redis.call('XACK', lane, group, id)
+return {'BURIED'}
+"""
+)
+# Makes entries count as just delivered, if the consumer still has them. ARGV: group, consumer, entry ids.
+RENEW = """
+for i = 3, #ARGV do
+    local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+    if #pending == 1 then redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID') end
+end
+"""
+# Removes consumers that have nothing pending: the one that is named, or ('') all that were idle for so long.
+# ARGV: group, consumer, idle milliseconds.
+FORGET = """
+for _, lane in ipairs(KEYS) do
+    local consumers = redis.pcall('XINFO', 'CONSUMERS', lane, ARGV[1])
+    for _, info in ipairs(consumers.err and {} or consumers) do
+        local found = {}
+        for i = 1, #info, 2 do found[info[i]] = info[i + 1] end
+        local meant = found.name == ARGV[2] or (ARGV[2] == '' and found.idle >= tonumber(ARGV[3]))
+        if meant and found.pending == 0 then
+            redis.call('XGROUP', 'DELCONSUMER', lane, ARGV[1], found.name)
+        end
+    end
+end
+"""
+
+
+class GroupMissing(RedisUnavailable):
+    """Raised when a lane or its consumer group is gone: Redis was restarted empty, or somebody has deleted it."""
+
+
+class Entry(NamedTuple):
+    """An entry that was given to this consumer, for the `deliveries`-th time."""
+
+    lane: str
+    id: str
+    fields: dict[bytes, bytes]
+    deliveries: int
+
+
+class Found(NamedTuple):
+    """What `next` has found; with nothing found, the newest entry ids, for `wait`."""
+
+    entries: list[Entry]
+    newest: list[bytes]
+
+
+class Claimed(NamedTuple):
+    """What `claim` has claimed, and what it found deleted; it goes on at `start`, or has seen all at "0-0"."""
+
+    start: str
+    ids: list[str]
+    lost: list[str]
+
+
+class Lost(NamedTuple):
+    """A pending entry that somebody has deleted from its stream."""
+
+    lane: str
+    id: str
+
+
+def finish(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, because all that it awaits is blocking."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    coroutine.close()
+    raise AssertionError("a coroutine of a blocking consumer was suspended")
+
+
+async def settled(value: Any) -> Any:
+    """Return a value, or what it comes to when it is awaitable: blocking and asyncio libraries look alike so."""
+    return await value if inspect.isawaitable(value) else value
+
+
+class Groups:
+    """One connection of a consumer to its group in all lanes.
+
+    `asynchronous` makes it one of asyncio. Methods raise RedisUnavailable for whatever no event is to blame for;
+    GroupMissing until `create` is called again. Nothing is sent again by itself.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        group: str,
+        consumer: str,
+        primary: Sequence[str],
+        backfill: Sequence[str],
+        asynchronous: bool = False,
+        timeout_seconds: float = 5.0,
+    ) -> None:
+        self.lanes = [*primary, *backfill]
+        self._group, self._consumer = group, consumer
+        self._primaries, self._turn = len(primary), 0
+        self._place = {lane: place for place, lane in enumerate(self.lanes, 1)}
+        library: Any = importlib.import_module("redis.asyncio" if asynchronous else "redis")
+        try:
+            self._redis = library.Redis.from_url(
+                url,
+                socket_timeout=timeout_seconds,
+                socket_connect_timeout=timeout_seconds,
+                socket_keepalive=True,
+                retry=library.retry.Retry(NoBackoff(), 0),
+                protocol=2,
+                client_name="outbox-consumer",
+            )
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
+        except (ValueError, TypeError):
+            # What is wrong with it is not said: it may be a part of the password.
+            raise InvalidSetting(
+                "redis_url: this is no URL, or has an option that is none of redis-py's"
+            ) from None
+        self._redis.response_callbacks.clear()  # replies come as Redis gives them, as they do out of a script
+        scripts = (NEXT, TAKE, BURY, RENEW, FORGET)
+        self._scripts = {script: self._redis.register_script(script).sha for script in scripts}
+
+    def is_primary(self, lane: str) -> bool:
+        """Return whether a lane is a primary one."""
+        return self._place[lane] <= self._primaries
+
+    async def create(self) -> list[str]:
+        """Create the group in each lane where it is missing, from the first entry on; return those lanes."""
+        created = []
+        for lane in self.lanes:
+            try:
+                await self._run("XGROUP", "CREATE", lane, self._group, "0", "MKSTREAM")
+                created.append(lane)
+            except RedisUnavailable as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+        return created
+
+    async def next(self, count: int, done: Mapping[str, Sequence[str]], *, backfill: bool = True) -> Found:
+        """Ack what is done; read up to `count` entries of each primary lane, or else one of backfill."""
+        acks = [part for lane, ids in done.items() for id_ in ids for part in (self._place[lane], id_)]
+        self._turn += 1
+        turn = self._turn if backfill and len(self.lanes) > self._primaries else -1
+        answer = await self._script(
+            NEXT, self.lanes, self._group, self._consumer, self._primaries, count, turn, *acks
+        )
+        if answer and answer[0] == b"EMPTY":
+            return Found([], answer[1:])
+        return Found(
+            [
+                Entry(lane.decode(), id_.decode(), _pairs(fields), 1)
+                for lane, entries in answer
+                for id_, fields in entries
+            ],
+            [],
+        )
+
+    async def wait(self, newest: Sequence[bytes], seconds: float) -> None:
+        """Block until there is an entry in any lane after these, or for that long. Takes nothing."""
+        milliseconds = max(1, int(seconds * 1000))  # 0 would block for ever
+        await self._run("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", *self.lanes, *newest)
+
+    async def ack(self, done: Mapping[str, Sequence[str]]) -> None:
+        """Tell Redis that entries are finished; may be repeated."""
+        for lane, ids in done.items():
+            await self._run("XACK", lane, self._group, *ids)
+
+    async def take(self, lane: str, id_: str) -> Entry | Lost | None:
+        """Deliver a pending entry of ours once more; None: somebody else has finished or claimed it."""
+        answer = await self._script(TAKE, [lane], self._group, self._consumer, id_)
+        if answer[0] == b"TAKEN":
+            return Entry(lane, id_, _pairs(answer[2]), answer[1])
+        return Lost(lane, id_) if answer[0] == b"LOST" else None
+
+    async def bury(self, entry: Entry, error: str, died_at: str) -> bool:
+        """Move an entry to its lane's dead letters; return whether it was still ours to move."""
+        more = {
+            "dlq:group": self._group,
+            "dlq:error": error,
+            "dlq:deliveries": entry.deliveries,
+            "dlq:entry": entry.id,
+            "dlq:died_at": died_at,
+        }
+        fields = [part for pair in more.items() for part in pair]
+        keys = [entry.lane, entry.lane + DEAD]
+        answer = await self._script(BURY, keys, self._group, self._consumer, entry.id, *fields)
+        return bool(answer[0] == b"BURIED")
+
+    async def renew(self, lane: str, ids: Sequence[str]) -> None:
+        """Keep entries ours for longer: a heartbeat. Those that are not ours any more are left alone."""
+        for start in range(0, len(ids), 1000):
+            some = ids[start : start + 1000]
+            await self._script(RENEW, [lane], self._group, self._consumer, *some)
+
+    async def pending(self, lane: str) -> AsyncIterator[str]:
+        """Yield the entry ids that are pending for this consumer, oldest first."""
+        start = "-"
+        while page := await self._run("XPENDING", lane, self._group, start, "+", 1000, self._consumer):
+            for row in page:
+                yield _text(row[0])
+            start = f"({_text(page[-1][0])}"
+
+    async def claim(self, lane: str, idle_seconds: float, start: str) -> Claimed:
+        """Claim up to 100 entries whose consumer has been silent for so long, from an entry id on."""
+        idle = max(1, int(idle_seconds * 1000))
+        answer = await self._run(
+            "XAUTOCLAIM", lane, self._group, self._consumer, idle, start, "COUNT", 100, "JUSTID"
+        )
+        gone = answer[2] if len(answer) > 2 else ()  # before Redis 7, `take` finds them
+        return Claimed(_text(answer[0]), [_text(id_) for id_ in answer[1]], [_text(id_) for id_ in gone])
+
+    async def forget(self, consumer: str = "", idle_seconds: float = 0) -> None:
+        """Remove this consumer, or all that were silent for so long, where nothing is pending for them."""
+        await self._script(FORGET, self.lanes, self._group, consumer, int(idle_seconds * 1000))
+
+    async def oldest_ms(self) -> int | None:
+        """Return when the oldest entry of all lanes was published, in Unix milliseconds, or None."""
+        first = [await self._run("XRANGE", lane, "-", "+", "COUNT", 1) for lane in self.lanes]
+        return min((int(_text(page[0][0]).partition("-")[0]) for page in first if page), default=None)
+
+    async def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        await settled(self._redis.connection_pool.disconnect())
+
+    async def _script(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
+        try:
+            return await self._run("EVALSHA", self._scripts[script], len(keys), *keys, *arguments)
+        except _ScriptMissing:
+            return await self._run("EVAL", script, len(keys), *keys, *arguments)
+
+    async def _run(self, *command: Any) -> Any:
+        """Run a command; drop the connection after any error, as its reply may come late."""
+        try:
+            return await settled(self._redis.execute_command(*command))
+        except redis.exceptions.NoScriptError as error:
+            raise _ScriptMissing(str(error)) from error
+        except redis.RedisError as error:
+            await self.close()
+            missing = "NOGROUP" in str(error)
+            raise (GroupMissing if missing else RedisUnavailable)(
+                f"Redis: {str(error).rstrip('.')}"
+            ) from error
+        except BaseException:
+            await self.close()
+            raise
+
+
+class _ScriptMissing(RedisUnavailable):
+    """Raised when Redis does not know a script yet: it was restarted, or its scripts were flushed."""
+
+
+def _pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
+    """Return a flat list of names and values as a dict."""
+    parts = iter(flat)
+    return dict(zip(parts, parts, strict=True))
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
