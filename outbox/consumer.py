@@ -30,7 +30,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -52,11 +51,11 @@ from outbox.errors import (
     Unavailable,
     first_line,
 )
-from outbox.event import Received, check_stream, check_text, class_of, decoder, kind_of, received, tracing
+from outbox.event import Received, check_stream, check_text, class_of, decoder, kind_of, tracing
 from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost, finish, settled
 from outbox.lanes import STREAM_NAME, Lanes
 from outbox.loop import AsyncStop, Backoff, Every, Stop, backoff_seconds, stop_on_signals
-from outbox.priority import caused_by, processing_priority
+from outbox.priority import handling
 from outbox.settings import redact
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -149,8 +148,10 @@ class Hand:
 
     def due(self, primary: bool) -> Again | None:
         """Return an entry whose time has come."""
+        heap = self._again[primary]
+        if not heap:
+            return None
         with self._lock:
-            heap = self._again[primary]
             return heapq.heappop(heap) if heap and heap[0].at <= time.monotonic() else None
 
     def next_at(self) -> float:
@@ -351,7 +352,9 @@ class _Core:
 
     def _read(self, entry: Entry) -> Received:
         lane = "primary" if entry.lane in self._primary else "backfill"
-        return received(entry.fields, self._stream_of[entry.lane], lane, entry.deliveries)
+        return Received(
+            entry.fields, stream=self._stream_of[entry.lane], lane=lane, deliveries=entry.deliveries
+        )
 
     def _calls(self, event: Received) -> list[Call]:
         """Return the handlers of an event, each with the event as it wants it. Raises Reject or InvalidEvent."""
@@ -367,14 +370,12 @@ class _Core:
                 self._by_kind[kind] = handlers
         if not handlers and self._unknown == "dead":
             raise Reject(f"no handler takes the type {event.type!r} of {event.stream}")
-        try:
-            return [(function, replace(event, data=decode(event.data))) for function, decode in handlers]
-        except (ValueError, TypeError) as error:
-            raise InvalidEvent(f"data: {first_line(error)}") from error
+        return [(function, event.decoded(decode)) for function, decode in handlers]
 
     async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> None:
         """Run the handlers, in one transaction with the inbox's row where there is an inbox."""
-        with processing_priority(event.priority), caused_by(event.cause()), tracing(event.headers):
+        trace = tracing(event.headers) if event.is_traced() else nullcontext()
+        with handling(event.priority, event.caused), trace:
             if self._sessions is None:
                 for function, decoded in calls:
                     await self._call(worker, function, decoded)

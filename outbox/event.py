@@ -1,6 +1,6 @@
 """What an event is: classes marked with `@event`, checked and encoded once, when they are recorded.
 
-`encode` makes the row that the outbox stores, `received` and `decoder` read the entry of a stream back.
+`encode` makes the row that the outbox stores; `Received` and `decoder` read the entry of a stream.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import difflib
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -17,14 +17,15 @@ from contextlib import contextmanager
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import msgspec
 
-from outbox.errors import InvalidEvent
+from outbox.errors import InvalidEvent, first_line
 from outbox.lanes import STREAM_NAME
-from outbox.priority import Cause, check_priority, current_cause, current_priority
+from outbox.priority import check_priority, current_priority, headers_of_cause
 
 C = TypeVar("C", bound=type)
 
@@ -40,6 +41,7 @@ ENVELOPE = frozenset(
         *("data", "priority", "correlationid", "causationid"),
     }
 )
+ENVELOPE_BYTES = frozenset(name.encode() for name in ENVELOPE)
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_HEADERS = 64
 
@@ -356,8 +358,7 @@ def _encode_headers(headers: Mapping[str, str]) -> str | None:
             raise InvalidEvent(f"headers.{name}: a string is needed, not {value!r}")
         if fault := _text_fault(value):
             raise InvalidEvent(f"headers.{name}: {fault}")
-    cause = current_cause()
-    carried = (cause.headers() if cause else {}) | current_trace() | dict(headers)
+    carried = headers_of_cause() | current_trace() | dict(headers)
     if not carried:
         return None
     text = _encoder(carried)
@@ -383,10 +384,11 @@ def current_trace() -> dict[str, str]:
 @contextmanager
 def tracing(headers: Mapping[str, str]) -> Iterator[None]:
     """Make the span that the headers name the current one, where OpenTelemetry is installed."""
-    if "traceparent" not in headers or not importlib.util.find_spec("opentelemetry"):
+    try:
+        context = importlib.import_module("opentelemetry.context")
+    except ImportError:
         yield
         return
-    context = importlib.import_module("opentelemetry.context")
     token = context.attach(_propagator().extract(dict(headers)))
     try:
         yield
@@ -402,32 +404,95 @@ def _propagator() -> Any:
 # -- received ----------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Received:
-    """An event as its handler gets it: an entry of a stream, decoded.
+    """An event as its handler gets it: an entry of a stream.
 
     `data` is an instance of the event's class where the class is known, else what JSON made of it. `lane` is
-    "primary" or "backfill", `created_at` when it was recorded, `deliveries` how often it has been
-    given to a handler of the group, this time included.
+    "primary" or "backfill"; `deliveries` how often a handler of the group has been given the event, this time
+    included. The rest is read when it is asked for: anybody may have written the entry, so each raises
+    InvalidEvent, which names the field, where an outbox would have written something else.
     """
 
-    id: UUID
-    type: str
-    stream: str
-    key: str | None
-    priority: int
-    lane: str
-    created_at: datetime
-    headers: Mapping[str, str]
-    data: Any
-    correlation_id: str
-    causation_id: str | None
-    deliveries: int
+    def __init__(
+        self, fields: Mapping[bytes, bytes], *, stream: str, lane: str, deliveries: int, data: Any = None
+    ) -> None:
+        self._fields = fields
+        self.stream, self.lane, self.deliveries = stream, lane, deliveries
+        self.data = data
+        self.type = self._text(b"type")
+        try:
+            self.priority = check_priority(int(fields.get(b"priority", b"0")))
+        except ValueError as error:
+            raise InvalidEvent(f"priority: {error}") from error
 
-    def cause(self) -> Cause:
-        """Return what the events that its handler records will say of it."""
+    def __repr__(self) -> str:
+        return f"<Received {self.type} of {self.stream}, {self.data!r}>"
+
+    def decoded(self, decode: Callable[[bytes], Any]) -> Received:
+        """Return the event with its data decoded. Raises InvalidEvent."""
+        try:
+            data = decode(self._fields[b"data"])
+        except KeyError:
+            raise InvalidEvent("data: it is missing") from None
+        except (ValueError, TypeError) as error:
+            raise InvalidEvent(f"data: {first_line(error)}") from error
+        return Received(
+            self._fields, stream=self.stream, lane=self.lane, deliveries=self.deliveries, data=data
+        )
+
+    @cached_property
+    def id(self) -> UUID:
+        """The id that `publish` returned."""
+        try:
+            return UUID(self._text(b"id"))
+        except ValueError as error:
+            raise InvalidEvent(f"id: {error}") from error
+
+    @cached_property
+    def key(self) -> str | None:
+        """The key, whose events keep their order."""
+        return self._text(b"subject") if b"subject" in self._fields else None
+
+    @cached_property
+    def created_at(self) -> datetime:
+        """When the event was recorded, by the clock of PostgreSQL, with a time zone."""
+        try:
+            return datetime.fromisoformat(self._text(b"time"))
+        except ValueError as error:
+            raise InvalidEvent(f"time: {error}") from error
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """The headers that it was recorded with, and the trace context."""
+        names = [name for name in self._fields if name not in ENVELOPE_BYTES and b":" not in name]
+        return {name.decode(errors="replace"): self._text(name) for name in names}
+
+    @cached_property
+    def correlation_id(self) -> str:
+        """The id of the first event of the chain that this one belongs to."""
+        return self._text(b"correlationid" if b"correlationid" in self._fields else b"id")
+
+    @cached_property
+    def causation_id(self) -> str | None:
+        """The id of the event whose handler has recorded this one, or None."""
+        return self._text(b"causationid") if b"causationid" in self._fields else None
+
+    def caused(self) -> dict[str, str]:
+        """Return the headers that the events its handler records carry on."""
         trace = {name: self.headers[name] for name in TRACE if name in self.headers}
-        return Cause(str(self.id), self.correlation_id, trace)
+        return {"correlationid": self.correlation_id, "causationid": str(self.id), **trace}
+
+    def is_traced(self) -> bool:
+        """Return whether the event carries a trace context."""
+        return b"traceparent" in self._fields
+
+    def _text(self, name: bytes) -> str:
+        try:
+            return self._fields[name].decode()
+        except KeyError:
+            raise InvalidEvent(f"{name.decode()}: it is missing") from None
+        except UnicodeDecodeError as error:
+            raise InvalidEvent(f"{name!a}: {error}") from error
 
 
 def class_of(stream: str, type: str) -> builtins.type | None:
@@ -440,36 +505,6 @@ def kind_of(cls: builtins.type) -> EventType:
     if cls not in _registered:
         raise InvalidEvent(f"event: {cls.__name__} is no event; mark the class with @event(stream=...)")
     return _registered[cls]
-
-
-def received(fields: Mapping[bytes, bytes], stream: str, lane: str, deliveries: int) -> Received:
-    """Read an entry of a stream; `data` is bytes still, for `decoder`.
-
-    Raises InvalidEvent, which names the field, for what is no event of an outbox: anybody may have written it.
-    """
-    try:
-        text: dict[str, Any] = {
-            name.decode(): value.decode() for name, value in fields.items() if name != b"data"
-        }
-        return Received(
-            id=UUID(text.pop("id")),
-            type=text.pop("type"),
-            stream=stream,
-            key=text.pop("subject", None),
-            priority=check_priority(int(text.pop("priority", "0"))),
-            lane=lane,
-            created_at=datetime.fromisoformat(text.pop("time")),
-            data=fields[b"data"],
-            correlation_id=text.pop("correlationid", None) or fields[b"id"].decode(),
-            causation_id=text.pop("causationid", None),
-            headers={name: value for name, value in text.items() if name not in ENVELOPE and ":" not in name},
-            deliveries=deliveries,
-        )
-    except KeyError as error:
-        name = error.args[0]
-        raise InvalidEvent(f"{name if isinstance(name, str) else name.decode()}: it is missing") from None
-    except ValueError as error:
-        raise InvalidEvent(f"entry: this is no event of an outbox: {error}") from None
 
 
 def decoder(cls: builtins.type | None) -> Callable[[bytes], Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from enum import IntEnum
 from types import TracebackType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from outbox.errors import InvalidPriority
 
@@ -88,34 +87,29 @@ class processing_priority:
         _open.set(tuple(other for other in _open.get() if other is not level))
 
 
-class Cause(NamedTuple):
-    """The event whose handler is running: what the handler records carries these headers on."""
-
-    event_id: str
-    correlation_id: str
-    trace: Mapping[str, str]  # W3C trace context of the event: traceparent, tracestate
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers of an event that this one causes."""
-        return {"correlationid": self.correlation_id, "causationid": self.event_id, **self.trace}
+# What an event that is recorded here says of its cause: the headers that it carries on, or none.
+_cause: ContextVar[Callable[[], dict[str, str]] | None] = ContextVar("outbox_cause", default=None)
 
 
-_cause: ContextVar[Cause | None] = ContextVar("outbox_cause", default=None)
+def headers_of_cause() -> dict[str, str]:
+    """Return the headers that an event recorded now gets from the event whose handler is running."""
+    cause = _cause.get()
+    return cause() if cause else {}
 
 
-def current_cause() -> Cause | None:
-    """Return the event whose handler is running, or None outside of any."""
-    return _cause.get()
+class handling:
+    """Record everything in the `with` block under a priority, and as caused by an event: what a handler runs in."""
 
+    def __init__(self, priority: int, cause: Callable[[], dict[str, str]] | None) -> None:
+        self._level, self._cause = _Level(priority), cause
 
-@contextmanager
-def caused_by(cause: Cause | None) -> Iterator[None]:
-    """Let everything recorded in the block be caused by that event."""
-    token = _cause.set(cause)
-    try:
-        yield
-    finally:
-        _cause.reset(token)
+    def __enter__(self) -> None:
+        self._before = _open.set((*_open.get(), self._level)), _cause.set(self._cause)
+
+    def __exit__(self, *_: object) -> None:
+        opened, caused = self._before
+        _open.reset(opened)
+        _cause.reset(caused)
 
 
 def carry_priority(function: Callable[P, R]) -> Callable[P, R]:
@@ -124,11 +118,11 @@ def carry_priority(function: Callable[P, R]) -> Callable[P, R]:
     For `executor.submit(carry_priority(f), ...)` and `loop.run_in_executor(None, carry_priority(f))`,
     which lose context variables.
     """
-    priority, cause = current_priority(), current_cause()
+    priority, cause = current_priority(), _cause.get()
 
     @functools.wraps(function)
     def carried(*args: P.args, **kwargs: P.kwargs) -> R:
-        with processing_priority(priority), caused_by(cause):
+        with handling(priority, cause):
             return function(*args, **kwargs)
 
     return carried
