@@ -86,7 +86,7 @@ class Handler(NamedTuple):
         return self.type in (None, event.type) and self.stream in (None, event.stream)
 
 
-Call = tuple[Callable[..., Any], Received]
+Call = tuple[Callable[..., Any], Any]  # a handler, and the event's data as it wants it
 
 
 class Again(NamedTuple):
@@ -125,8 +125,10 @@ class Hand:
 
     def fresh(self) -> Again | None:
         """Return the first entry of those that were read."""
-        with self._lock:
-            return self._fresh.popleft() if self._fresh else None
+        try:
+            return self._fresh.popleft()
+        except IndexError:
+            return None
 
     def adopt(self, lane: str, ids: Iterable[str]) -> None:
         """Hold pending entries that nobody in this process has in hand, to be delivered at once."""
@@ -166,10 +168,11 @@ class Hand:
         """
         return time.monotonic() - max(since, self.renewed_at) < self._sure_seconds
 
-    def drop(self, lane: str, id_: str) -> None:
-        """Forget an entry: it is finished, or not ours any more."""
+    def drop(self, lane: str, ids: Iterable[str]) -> None:
+        """Forget entries: they are acked, or not ours any more."""
         with self._lock:
-            self._held[lane].pop(id_, None)
+            for id_ in ids:
+                self._held[lane].pop(id_, None)
 
     def held(self) -> dict[str, list[str]]:
         """Return the entry ids in hand, by lane."""
@@ -214,10 +217,9 @@ class _Core:
         if isinstance(streams, str) or not streams:
             raise InvalidSetting("streams: a list of at least one stream's name is needed")
         self.group, self.name = group, name or _unique_name()
-        self.counts: Counter[str] = (
-            Counter()
-        )  # since the start: handled, repeated, failed, dead, skipped, lost
-        self._counting = threading.Lock()
+        self._counts: list[Counter[str]] = []  # one a worker, so that none is counted by two at once
+        self._lost: Counter[str] = Counter()
+        self._for_us = group.encode()
         self._primary = [check_stream(stream) for stream in dict.fromkeys(streams)]
         lanes = Lanes(suffix=backfill_suffix)
         self._backfill = [lanes.lane(stream, -1) for stream in self._primary]
@@ -237,8 +239,15 @@ class _Core:
         self._purge_again = Every(60)
         self._claim_from = dict.fromkeys(self._stream_of, "0-0")
         self._begun = False
+        self._single: Worker | None = None  # of `run_once`
         self._stop: Stop | AsyncStop = AsyncStop() if self._asynchronous else Stop()
         self._first = self._groups()  # of the first worker; refuses a wrong URL now
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many events there were since the start: handled, repeated (the inbox knew them), skipped, failed
+        (each time), dead, lost (somebody has deleted them)."""
+        return sum(self._counts, Counter(lost=self._lost.total()))
 
     # -- handlers ------------------------------------------------------------------------------------------
 
@@ -331,15 +340,13 @@ class _Core:
 
     async def _handle(self, worker: Worker, entry: Entry) -> None:
         """Handle one entry, or see to it that it is handled later, or given up. Raises Unavailable."""
-        if entry.fields.get(FOR_GROUP, self.group.encode()) != self.group.encode():
-            worker.finished(entry)  # replayed, for another group
+        if entry.fields.get(FOR_GROUP, self._for_us) != self._for_us:
+            worker.finished(entry, "skipped")  # replayed, for another group
             return
         try:
             event = self._read(entry)
-            if entry.deliveries > self._max_deliveries:
-                raise Reject("its handler has never come to an end: the process died, or was replaced")
-            if calls := self._calls(event):
-                await self._apply(worker, event, calls)
+            calls = self._calls(event)
+            done = await self._apply(worker, event, calls) if calls else "skipped"
         except Unavailable:
             raise
         except (Reject, InvalidEvent) as error:
@@ -347,17 +354,17 @@ class _Core:
         except Exception as error:
             await self._fail(worker, entry, error)
         else:
-            self._count("handled" if calls else "skipped")
-            worker.finished(entry)
+            worker.finished(entry, done)
 
     def _read(self, entry: Entry) -> Received:
+        """Return the event of an entry. Raises Reject or InvalidEvent for what should not be handled."""
+        if entry.deliveries > self._max_deliveries:
+            raise Reject("its handler has never come to an end: the process died, or was replaced")
         lane = "primary" if entry.lane in self._primary else "backfill"
-        return Received(
-            entry.fields, stream=self._stream_of[entry.lane], lane=lane, deliveries=entry.deliveries
-        )
+        return Received(entry.fields, self._stream_of[entry.lane], lane, entry.deliveries)
 
     def _calls(self, event: Received) -> list[Call]:
-        """Return the handlers of an event, each with the event as it wants it. Raises Reject or InvalidEvent."""
+        """Return the handlers of an event, each with the data as it wants it. Raises Reject or InvalidEvent."""
         kind = (event.stream, event.type)
         if (handlers := self._by_kind.get(kind)) is None:
             marked = class_of(*kind)
@@ -370,17 +377,22 @@ class _Core:
                 self._by_kind[kind] = handlers
         if not handlers and self._unknown == "dead":
             raise Reject(f"no handler takes the type {event.type!r} of {event.stream}")
-        return [(function, event.decoded(decode)) for function, decode in handlers]
+        return [(function, event.decode(decode)) for function, decode in handlers]
 
-    async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> None:
-        """Run the handlers, in one transaction with the inbox's row where there is an inbox."""
-        trace = tracing(event.headers) if event.is_traced() else nullcontext()
-        with handling(event.priority, event.caused), trace:
-            if self._sessions is None:
-                for function, decoded in calls:
-                    await self._call(worker, function, decoded)
-            else:
-                await self._in_session(lambda session: self._transact(worker, session, event, calls))
+    async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> str:
+        """Run the handlers under the event's priority, trace and, with an inbox, transaction; return what was done."""
+        with handling(event.priority, event.caused):
+            if event.is_traced():
+                with tracing(event.headers):
+                    return await self._apply_within(worker, event, calls)
+            return await self._apply_within(worker, event, calls)
+
+    async def _apply_within(self, worker: Worker, event: Received, calls: list[Call]) -> str:
+        if self._sessions is not None:
+            return await self._in_session(lambda session: self._transact(worker, session, event, calls))
+        for function, event.data in calls:
+            await self._call(worker, function, event)
+        return "handled"
 
     async def _in_session(self, use: Callable[[Any], Awaitable[T]]) -> T:
         """Use a session of the service, and close it. Raises DatabaseUnavailable for what no event is to blame for."""
@@ -392,7 +404,7 @@ class _Core:
             finally:
                 await settled(session.close())
 
-    async def _transact(self, worker: Worker, session: Any, event: Received, calls: list[Call]) -> None:
+    async def _transact(self, worker: Worker, session: Any, event: Received, calls: list[Call]) -> str:
         """Note the event in the inbox, run the handlers if it is the first time, and commit."""
         await settled(session.begin())
         try:
@@ -401,11 +413,10 @@ class _Core:
             raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
         if noted.rowcount:
             with _only_we_commit(session):
-                for function, decoded in calls:
-                    await self._call(worker, function, decoded, session)
-        else:
-            self._count("repeated")
+                for function, event.data in calls:
+                    await self._call(worker, function, event, session)
         await settled(session.commit())
+        return "handled" if noted.rowcount else "repeated"
 
     async def _fail(self, worker: Worker, entry: Entry, error: Exception) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
@@ -416,7 +427,7 @@ class _Core:
         wait = error.after_seconds if isinstance(error, Retry) else None
         if wait is None:
             wait = backoff_seconds(entry.deliveries, *self._backoff)
-        self._count("failed")
+        worker.counts["failed"] += 1
         self._hand.retry(entry, time.monotonic() + wait)
         log.warning(
             "%s %s has failed, delivery %d of %d: %s; again in %.1f s",
@@ -434,17 +445,17 @@ class _Core:
         except RedisUnavailable:
             self._hand.retry(entry, time.monotonic() + self._backoff[1])
             raise
-        self._hand.drop(entry.lane, entry.id)
+        self._hand.drop(entry.lane, [entry.id])
         if buried:
-            self._count("dead")
+            worker.counts["dead"] += 1
             log.error(
                 "%s %s is a dead letter after delivery %d: %s", entry.lane, entry.id, entry.deliveries, reason,
                 extra={"action": "event_dead"}, exc_info=error,
             )  # fmt: skip
 
     def _report_lost(self, lane: str, id_: str) -> None:
-        self._hand.drop(lane, id_)
-        self._count("lost")
+        self._hand.drop(lane, [id_])
+        self._lost[lane] += 1
         log.error(
             "%s %s was deleted by somebody before it was handled: it is lost", lane, id_,
             extra={"action": "entry_lost"},
@@ -531,7 +542,7 @@ class _Core:
         )
 
     async def _step_once(self) -> int:
-        worker = Worker(self, self._first, most=1)
+        worker = self._single = self._single or Worker(self, self._first, most=1)
         if not self._begun:
             await self._begin(self._first)
         if self._keep_again.due():
@@ -557,10 +568,6 @@ class _Core:
     def _say_stopped(self) -> None:
         log.info("", extra={"action": "consumer_stopped", "fields": dict(self.counts)})
 
-    def _count(self, what: str) -> None:
-        with self._counting:
-            self.counts[what] += 1
-
     async def _wait(self, seconds: float) -> None:
         await settled(self._stop.wait(max(0.0, seconds)))
 
@@ -579,6 +586,8 @@ class Worker:
         self._done_since = float("inf")
         self._newest: list[Any] = []
         self._seconds = PREFETCH_SECONDS  # that handling an event takes
+        self.counts: Counter[str] = Counter()
+        core._counts.append(self.counts)
 
     async def step(self) -> int:
         """Handle the next event, primary first; return 1, or 0 when there is none. Raises Unavailable."""
@@ -609,12 +618,12 @@ class Worker:
         if seconds > 0:
             await self.groups.wait(self._newest or ["$"] * len(self.groups.lanes), seconds)
 
-    def finished(self, entry: Entry) -> None:
-        """Note that an entry is to be acked, with the next read or soon."""
+    def finished(self, entry: Entry, how: str) -> None:
+        """Note that an entry is to be acked, with the next read or soon; until then it stays in hand."""
         if not self._done:
             self._done_since = time.monotonic()
         self._done[entry.lane].append(entry.id)
-        self._hand.drop(entry.lane, entry.id)
+        self.counts[how] += 1
 
     async def flush(self) -> None:
         """Ack what is finished."""
@@ -625,11 +634,13 @@ class Worker:
     async def end(self) -> None:
         """Finish what was read already, for a while, and ack."""
         until = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < until and (found := self._hand.fresh()):
-            assert found.entry is not None
-            if self._hand.surely_ours(found.since):
-                await self._core._handle(self, found.entry)
-        await self.flush()
+        try:
+            while time.monotonic() < until and (found := self._hand.fresh()):
+                assert found.entry is not None
+                if self._hand.surely_ours(found.since):
+                    await self._core._handle(self, found.entry)
+        finally:
+            await self.flush()
 
     async def _next(self) -> Again | None:
         """Return the next entry: of primary as long as there is any, else the oldest of backfill."""
@@ -654,6 +665,8 @@ class Worker:
         return hand.fresh() if read else waiting
 
     def _acked(self) -> None:
+        for lane, ids in self._done.items():
+            self._hand.drop(lane, ids)
         self._done.clear()
         self._done_since = float("inf")
 
@@ -661,7 +674,7 @@ class Worker:
         if taken:
             self._core._report_lost(found.lane, found.id)
         else:
-            self._hand.drop(found.lane, found.id)
+            self._hand.drop(found.lane, [found.id])
 
 
 class Consumer(_Core):

@@ -413,12 +413,11 @@ class Received:
     InvalidEvent, which names the field, where an outbox would have written something else.
     """
 
-    def __init__(
-        self, fields: Mapping[bytes, bytes], *, stream: str, lane: str, deliveries: int, data: Any = None
-    ) -> None:
+    data: Any = None
+
+    def __init__(self, fields: Mapping[bytes, bytes], stream: str, lane: str, deliveries: int) -> None:
         self._fields = fields
         self.stream, self.lane, self.deliveries = stream, lane, deliveries
-        self.data = data
         self.type = self._text(b"type")
         try:
             self.priority = check_priority(int(fields.get(b"priority", b"0")))
@@ -428,17 +427,14 @@ class Received:
     def __repr__(self) -> str:
         return f"<Received {self.type} of {self.stream}, {self.data!r}>"
 
-    def decoded(self, decode: Callable[[bytes], Any]) -> Received:
-        """Return the event with its data decoded. Raises InvalidEvent."""
+    def decode(self, decode: Callable[[bytes], Any]) -> Any:
+        """Return the data, decoded. Raises InvalidEvent."""
         try:
-            data = decode(self._fields[b"data"])
+            return decode(self._fields[b"data"])
         except KeyError:
             raise InvalidEvent("data: it is missing") from None
         except (ValueError, TypeError) as error:
             raise InvalidEvent(f"data: {first_line(error)}") from error
-        return Received(
-            self._fields, stream=self.stream, lane=self.lane, deliveries=self.deliveries, data=data
-        )
 
     @cached_property
     def id(self) -> UUID:

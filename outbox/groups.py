@@ -170,6 +170,8 @@ def finish(coroutine: Coroutine[Any, Any, T]) -> T:
 
 async def settled(value: Any) -> Any:
     """Return a value, or what it comes to when it is awaitable: blocking and asyncio libraries look alike so."""
+    if isinstance(value, (list, bytes, int)):  # the replies of a blocking client, most of the time
+        return value
     return await value if inspect.isawaitable(value) else value
 
 
