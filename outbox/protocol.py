@@ -118,8 +118,10 @@ Move = Adopt | SendAgain | Fill | Bury | Halt
 def decide(expected: int, answer: Answer, replay: bool) -> Move:
     """Return what follows an answer that is not Added, for a relay that expected Redis at this batch.
 
-    The move is for a step of its own, and only if the answer still `holds` then. `replay` is whether what
-    Redis has lost is sent again.
+    It must have asked after it locked the leader's row and read the batch, and still hold that lock: then it
+    knows all that the leaders before have committed, and nobody newer exists. A Redis that stands ahead was
+    brought there by a leader that died before its commit, or by commits that PostgreSQL has lost. `replay` is
+    whether what Redis has lost is sent again.
     """
     match answer:
         case Ahead(batch, kept):
@@ -138,16 +140,6 @@ def decide(expected: int, answer: Answer, replay: bool) -> Move:
                 batch, {**dict.fromkeys(held, "behind an event of its key that was refused"), **refused}, note
             )
     raise AssertionError(answer)
-
-
-def holds(expected: int, batch: int) -> bool:
-    """Return whether an answer still holds for who has locked the leader's row again, and reads this batch.
-
-    Who holds the lock sees all that the leaders before have committed. Another number means that one has led
-    since. The same number means that no newer leader exists: a Redis that stands ahead was brought there by a
-    leader that died before its commit, or by commits that PostgreSQL has lost.
-    """
-    return batch == expected
 
 
 class Again(NamedTuple):

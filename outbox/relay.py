@@ -37,7 +37,6 @@ from outbox.protocol import (
     Refusal,
     SendAgain,
     decide,
-    holds,
     is_dead,
     send_next,
     settle,
@@ -74,6 +73,9 @@ class Relay:
             timeout_seconds=settings.takeover_seconds * 0.4,
         )
         self._trace = Trace(settings.trace)
+        self._in_doubt: Batch | None = (
+            None  # ask about its lanes, and where Redis stands, before the next claim
+        )
         self._listener: Listener | None = None
         self._listen_again = Every(30)
         self._check_redis = Every(30)
@@ -157,6 +159,11 @@ class Relay:
         lead = self._lead()
         if lead is None:
             return 0
+        if self._in_doubt:
+            answer = self._look(lead, self._in_doubt)
+            if not isinstance(answer, Added):
+                return self._recover(lead, answer)
+            self._in_doubt = None
         settings = self._settings
         events = self._store.claim(lead, settings.batch_size, settings.batch_bytes)
         if not events:
@@ -169,8 +176,10 @@ class Relay:
         batch = self._encode(fit)
         answer = self._publish(lead.outbox_id, lead.batch, batch)
         if not isinstance(answer, Added):
+            # The claim goes back, and the lock with it: what is to be done depends on what Redis says then.
             self._store.rollback()
-            return self._recover(lead.batch, answer)
+            self._in_doubt = batch
+            return self._step()
         published, refused = settle(fit, answer)
         if refused:
             batch = self._encode(published)
@@ -180,17 +189,16 @@ class Relay:
         self.published += len(published)
         return len(events)
 
-    def _lead(self, expected: int | None = None) -> Lead | None:
-        """Begin a step as the leader, or end it: another leads, or has led since (see `expected`)."""
+    def _lead(self) -> Lead | None:
+        """Begin a step as the leader, or end it: another leads."""
         self._leading = self._store.begin()
-        lead = None
-        if self._leading:
-            self._streams.connect()
-            lead = self._store.lead()
-            self._trace("lead", batch=lead.batch)
-        if lead is None or not (expected is None or holds(expected, lead.batch)):
+        if not self._leading:
             self._store.commit()  # of nothing: the store need not forget where its claims stopped
             return None
+        if self._streams.connect() and not self._in_doubt:
+            self._in_doubt = EMPTY
+        lead = self._store.lead()
+        self._trace("lead", batch=lead.batch)
         return lead
 
     def _encode(self, events: list[Waiting]) -> Batch:
@@ -233,12 +241,15 @@ class Relay:
 
     # -- when Redis does not stand where PostgreSQL does ------------------------------------------------
 
-    def _recover(self, expected: int, answer: Answer) -> int:
-        """Do what an answer asks for, in a step of its own, unless somebody has led since."""
-        lead = self._lead(expected)
-        if lead is None:
-            return 1  # look again at once
-        move = decide(expected, answer, self._replay)
+    def _look(self, lead: Lead, batch: Batch) -> Answer:
+        self._trace("look", known=lead.batch)
+        answer = self._streams.look(lead.outbox_id, lead.batch, batch)
+        self._trace("answer", kind=type(answer).__name__, told=answer)
+        return answer
+
+    def _recover(self, lead: Lead, answer: Answer) -> int:
+        """Do what an answer asks for. The next step asks again, until Redis stands where PostgreSQL does."""
+        move = decide(lead.batch, answer, self._replay)
         if isinstance(move, Adopt):
             return self._adopt(lead, move)
         self._perform(lead, move)

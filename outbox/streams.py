@@ -97,8 +97,8 @@ local function went_back(lane)
 end
 """.replace("STATES", "{'" + "', '".join(SERVER_STATES) + "'}")
 
-# KEYS: the state, then the lanes of the body. ARGV: expected batch, the batch to stand at then, its ids, body, and
-# 'again' when it comes from the journal.
+# KEYS: the state, then the lanes of the body. ARGV: expected batch, the batch to stand at then, "look" (add nothing),
+# "new" or "again" (from the journal), its ids, and the body.
 # Answers OK, AHEAD, BEHIND, GONE or REFUSED. Writes nothing but for OK, and then all or what Redis takes.
 # A server refuses every write of a script or none, so an error of the server's state comes before any write.
 PUBLISH = (
@@ -124,8 +124,9 @@ for i = 2, #KEYS do
     end
 end
 if #gone > 1 then return gone end
+if ARGV[3] == 'look' then return {'OK'} end
 
-local body = cmsgpack.unpack(ARGV[4])
+local body = cmsgpack.unpack(ARGV[5])
 local source, events = body[1], body[3]
 local last, added, answer, stopped = {}, {}, {'OK'}, {}
 for i, event in ipairs(events) do
@@ -145,12 +146,12 @@ for i, event in ipairs(events) do
     end
 end
 redis.call('HSET', KEYS[1], 'batch', ARGV[2],
-    'ids:' .. ARGV[2], #answer == 1 and ARGV[3] or table.concat(added, ' '))
+    'ids:' .. ARGV[2], #answer == 1 and ARGV[4] or table.concat(added, ' '))
 for n = expected - KEPT + 1, math.min(expected, tonumber(ARGV[2]) - KEPT) do
     redis.call('HDEL', KEYS[1], 'ids:' .. n)
 end
 for i, entry in pairs(last) do remember(KEYS[i], entry) end
-if ARGV[5] == 'again' then remember_refusals(tonumber(ARGV[2]), answer) end
+if ARGV[3] == 'again' then remember_refusals(tonumber(ARGV[2]), answer) end
 return answer
 """
 ).replace("KEPT", str(KEPT))
@@ -252,24 +253,39 @@ class Streams:
             script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE, FORGET)
         }
 
-    def connect(self) -> None:
-        """Open the connection on which the calls of this step go, if there is none that works.
+    def connect(self) -> bool:
+        """Open the connection for the calls of this step, if there is none that works; return whether it did.
 
         A connection ends when Redis does, or fails over. One that is older than the step's lock cannot reach a
-        Redis that has forgotten what a successor of ours has published; a fresh one could, so that no step may
-        open one after it last knew that it leads.
+        Redis that has forgotten what a successor of ours has published; a new one could. So no step may open
+        one after it last knew that it leads, and no call does so by itself.
         """
         with self._translated():
-            self._release()
+            if self._works():
+                return False
+            self.close()
             self._redis.connection = self._redis.connection_pool.get_connection()
+            return True
+
+    def _works(self) -> bool:
+        """Return whether the connection is open, with nothing left in it to read."""
+        connection = self._redis.connection
+        try:
+            return connection is not None and not connection.can_read()
+        except (redis.RedisError, OSError):
+            return False
 
     def publish(self, outbox_id: str, expected: int, batch: Batch, again: int | None = None) -> Answer:
         """Add a batch, if Redis stands at `expected`; it then stands at the next.
 
         One of the journal that is sent again brings it to the number `again`.
         """
-        number, kind = (expected + 1, "new") if again is None else (again, "again")
-        return _answer(self._call(PUBLISH, outbox_id, batch, expected, number, batch.ids, batch.body, kind))
+        number, how = (expected + 1, "new") if again is None else (again, "again")
+        return _answer(self._call(PUBLISH, outbox_id, batch, expected, number, how, batch.ids, batch.body))
+
+    def look(self, outbox_id: str, expected: int, batch: Batch) -> Answer:
+        """Return what Redis would answer to the batch, but for what it would refuse."""
+        return _answer(self._call(PUBLISH, outbox_id, batch, expected, expected, "look"))
 
     def forget_refusals(self, outbox_id: str, note: bytes) -> None:
         """Clear the note of refused events: they are dead letters, and committed."""
@@ -326,13 +342,11 @@ class Streams:
 
     def close(self) -> None:
         """Drop the connection; `connect` opens another."""
-        self._release()
-        self._redis.connection_pool.disconnect()
-
-    def _release(self) -> None:
-        if self._redis.connection:
-            self._redis.connection_pool.release(self._redis.connection)
-            self._redis.connection = None
+        pool, connection = self._redis.connection_pool, self._redis.connection
+        self._redis.connection = None
+        if connection:
+            pool.release(connection)
+        pool.disconnect()
 
     def _call(self, script: str, outbox_id: str, batch: Batch, *arguments: Any) -> list[Any]:
         keys = [f"{self._prefix}:{outbox_id}", *batch.lanes]

@@ -226,7 +226,6 @@ def test_a_zombie_that_wakes_after_its_successor_publishes_nothing(box, batches)
     box.add("a")
     before(zombie._streams, "publish", freeze)
     assert zombie.run_once() == 1  # it has found out that somebody has led since
-    assert box.batch() == batches
     zombie.drain()
     assert sorted(box.lane()) == sorted(["a", *map(str, range(batches))])
 
