@@ -6,10 +6,12 @@ One step is one PostgreSQL transaction round one call of Redis:
       claim the first due events
       publish, if Redis stands at our batch number
         added   ──> journal, batch number + 1, commit
-        ahead   ──> a leader died between its publish and its commit: adopt what it published
+        ahead   ──> a leader died before its commit, or PostgreSQL lost commits: adopt what is in Redis
         behind  ──> Redis forgot its newest batches: send those again, from the journal
         gone    ──> Redis lost whole lanes: fill them again, from the journal
-        fenced  ──> there is a newer leader: roll back, connect again
+        refused ──> some of what was sent again was refused: make dead letters of it
+
+What follows an answer is decided in `protocol`, and done here.
 """
 
 from __future__ import annotations
@@ -18,27 +20,32 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuitable
 from outbox.event import Waiting
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
-from outbox.settings import Settings
-from outbox.store import Lead, Listener, Refusal, Store
-from outbox.streams import (
-    EMPTY,
+from outbox.protocol import (
     Added,
-    Ahead,
+    Adopt,
     Answer,
-    Batch,
-    Behind,
-    Fenced,
+    Bury,
+    Fill,
     Gone,
-    Streams,
-    decode,
-    encode,
-    publishable,
+    Halt,
+    Move,
+    Refusal,
+    SendAgain,
+    decide,
+    is_dead,
+    send_next,
+    settle,
+    sift,
 )
+from outbox.settings import Settings
+from outbox.store import Back, Lead, Listener, Store
+from outbox.streams import EMPTY, Batch, Streams, decode, encode, publishable
+from outbox.trace import Trace
 
 log = logging.getLogger("outbox.relay")
 
@@ -57,12 +64,17 @@ class Relay:
         self.published = 0  # events since the start
         self._settings = settings
         self._lane = settings.lane_rule().lane
+        self._replay = settings.on_redis_reset == "replay"
         self._store = _store(settings)
         # Shorter than the leader's lock can last, so that a Redis that does not answer is noticed first.
         self._streams = Streams(
             settings.redis_url,
             prefix=settings.redis_prefix,
             timeout_seconds=settings.takeover_seconds * 0.4,
+        )
+        self._trace = Trace(settings.trace)
+        self._in_doubt: Batch | None = (
+            None  # ask about its lanes, and where Redis stands, before the next claim
         )
         self._listener: Listener | None = None
         self._listen_again = Every(30)
@@ -139,6 +151,7 @@ class Relay:
         self._store.close()
         self._streams.close()
         self._stop_listening()
+        self._trace.close()
 
     # -- one step ---------------------------------------------------------------------------------------
 
@@ -146,6 +159,11 @@ class Relay:
         lead = self._lead()
         if lead is None:
             return 0
+        if self._in_doubt:
+            answer = self._look(lead, self._in_doubt)
+            if not isinstance(answer, Added):
+                return self._recover(lead, answer)
+            self._in_doubt = None
         settings = self._settings
         events = self._store.claim(lead, settings.batch_size, settings.batch_bytes)
         if not events:
@@ -154,48 +172,59 @@ class Relay:
             self._store.commit()
             return 0
         self._empty_steps = 0
-        fit, refusals = _sift(events)
-        batch = encode(settings.source, fit, self._lane) if fit else EMPTY
-        answer: Answer = self._streams.publish(lead.outbox_id, lead.batch, batch)
-        if isinstance(answer, Added):
-            return self._settle(lead, fit, batch, answer, refusals)
-        self._store.rollback()
-        return self._recover(lead, answer)
+        fit, faulty = sift(events, _faults(events))
+        batch = self._encode(fit)
+        answer = self._publish(lead.outbox_id, lead.batch, batch)
+        if not isinstance(answer, Added):
+            # The claim goes back, and the lock with it: what is to be done depends on what Redis says then.
+            self._store.rollback()
+            self._in_doubt = batch
+            return self._step()
+        published, refused = settle(fit, answer)
+        if refused:
+            batch = self._encode(published)
+        self._store.record_batch(lead.batch + 1, len(published), batch.body)
+        self._put_back(faulty + refused)
+        self._commit(lead, {lead.batch + 1: batch.ids})
+        self.published += len(published)
+        return len(events)
 
-    def _lead(self, expected: int | None = None) -> Lead | None:
-        """Begin a step as the leader, or end it: another leads, or has led since (see `expected`)."""
+    def _lead(self) -> Lead | None:
+        """Begin a step as the leader, or end it: another leads."""
         self._leading = self._store.begin()
-        lead = self._store.lead() if self._leading else None
-        if lead is None or expected not in (None, lead.batch):
+        if not self._leading:
             self._store.commit()  # of nothing: the store need not forget where its claims stopped
             return None
+        if self._streams.connect() and not self._in_doubt:
+            self._in_doubt = EMPTY
+        lead = self._store.lead()
+        self._trace("lead", batch=lead.batch)
         return lead
 
-    def _settle(
-        self, lead: Lead, fit: list[Waiting], batch: Batch, answer: Added, refusals: list[Refusal]
-    ) -> int:
-        """Journal what Redis has added, put back what it has not, and commit."""
-        if answer.refused or answer.held:
-            refusals += [Refusal(fit[place], error) for place, error in answer.refused.items()]
-            refusals += [Refusal(fit[place]) for place in answer.held]
-            left_out = {*answer.refused, *answer.held}
-            fit = [event for place, event in enumerate(fit) if place not in left_out]
-            batch = encode(self._settings.source, fit, self._lane)
-        self._store.record_batch(lead.batch + 1, len(fit), batch.body)
-        if refusals:
-            self._put_back(refusals)
-        self._store.commit()
-        self.published += len(fit)
-        return len(fit) + len(refusals)
+    def _encode(self, events: list[Waiting]) -> Batch:
+        return encode(self._settings.source, events, self._lane) if events else EMPTY
 
-    def _put_back(self, refusals: list[Refusal]) -> None:
+    def _publish(self, outbox_id: str, known: int, batch: Batch, again: int | None = None) -> Answer:
+        """Give Redis a batch; with `again`, one of the journal, that brings Redis to this number."""
+        self._trace("publish", known=known, batch=again or known + 1, ids=batch.ids, again=bool(again))
+        answer = self._streams.publish(outbox_id, known, batch, again)
+        self._trace("answer", kind=type(answer).__name__, told=answer)
+        return answer
+
+    def _commit(self, lead: Lead, batches: dict[int, str], adopted: bool = False) -> None:
+        self._trace("commit", known=lead.batch, batches=batches, adopted=adopted)
+        self._store.commit()
+        self._trace("committed")
+
+    def _put_back(self, refusals: list[Refusal[Waiting]]) -> None:
         """Give each refused event a later attempt, or none when it has had them all."""
         settings, back = self._settings, []
-        for event, error, _ in refusals:
+        for refusal in refusals:
+            event, error = refusal
             attempts = event.attempts + 1
             if error is None:
-                back.append(Refusal(event))
-            elif attempts >= settings.max_attempts:
+                back.append(Back(event))
+            elif is_dead(refusal, settings.max_attempts):
                 self._store.bury(event, error, attempts)
                 log.error(
                     "event %s of %s is a dead letter after %d attempts: %s",
@@ -203,7 +232,7 @@ class Relay:
                 )  # fmt: skip
             else:
                 wait = backoff_seconds(attempts, settings.backoff_seconds, settings.backoff_max_seconds)
-                back.append(Refusal(event, error, wait))
+                back.append(Back(event, error, wait))
                 log.warning(
                     "event %s of %s was refused, attempt %d: %s",
                     event.event_id, event.stream, attempts, error, extra={"action": "event_refused"},
@@ -212,119 +241,119 @@ class Relay:
 
     # -- when Redis does not stand where PostgreSQL does ------------------------------------------------
 
+    def _look(self, lead: Lead, batch: Batch) -> Answer:
+        self._trace("look", known=lead.batch)
+        answer = self._streams.look(lead.outbox_id, lead.batch, batch)
+        self._trace("answer", kind=type(answer).__name__, told=answer)
+        return answer
+
     def _recover(self, lead: Lead, answer: Answer) -> int:
-        match answer:
-            case Ahead(ids):
-                return self._adopt(lead.batch, ids)
-            case Behind(batch):
-                return self._catch_up(lead.batch, batch)
-            case Gone(lanes):
-                return self._fill(lead.batch, lanes)
-            case Fenced(batch):
-                self._store.close()
-                raise Unavailable(
-                    f"Redis has seen batch {batch} of this outbox and PostgreSQL {lead.batch}: there is a "
-                    "newer leader, or PostgreSQL has lost commits"
+        """Do what an answer asks for. The next step asks again, until Redis stands where PostgreSQL does."""
+        move = decide(lead.batch, answer, self._replay)
+        if isinstance(move, Adopt):
+            return self._adopt(lead, move)
+        self._perform(lead, move)
+        self._commit(lead, {})
+        if isinstance(move, Bury):
+            self._streams.forget_refusals(lead.outbox_id, move.note)
+        return 1
+
+    def _perform(self, lead: Lead, move: Move) -> None:
+        match move:
+            case SendAgain(known):
+                self._send_again(lead, known)
+            case Fill(lanes, stands):
+                self._fill(lead, lanes, stands)
+            case Bury(batch, reasons):
+                self._bury(batch, reasons)
+            case Halt(reason):
+                raise Unsuitable(
+                    f"{reason}, and OUTBOX_ON_REDIS_RESET=halt: nothing is published until that is changed "
+                    "to replay"
                 )
-        raise AssertionError(answer)
 
-    def _adopt(self, expected: int, ids: Sequence[int]) -> int:
-        """Finish the batch of a leader that died after its publish: its events are in Redis already."""
-        lead = self._lead(expected)
-        if lead is None:
-            return 1  # somebody has led since: look again at once
-        events = self._store.adopt(ids)
-        batch = encode(self._settings.source, events, self._lane)
-        self._store.record_batch(expected + 1, len(events), batch.body)
-        self._store.commit()
+    def _adopt(self, lead: Lead, move: Adopt) -> int:
+        """Take for published what Redis has, and PostgreSQL has not committed."""
+        adopted, events, missing = {}, 0, 0
+        for number, marks in sorted(move.batches.items()):
+            found = self._store.adopt(marks)
+            batch = self._encode(found)
+            self._store.record_batch(number, len(found), batch.body)
+            adopted[number] = batch.ids
+            events += len(found)
+            missing += len(marks) - len(found)
+        self._commit(lead, adopted, adopted=True)
         log.warning(
-            "adopted batch %d: its %d events were published, but not committed",
-            expected + 1, len(events), extra={"action": "batch_adopted"},
+            "adopted %d events of batches %d to %d: they were published, but not committed",
+            events, lead.batch + 1, max(adopted), extra={"action": "batch_adopted"},
         )  # fmt: skip
-        return len(events) or 1
+        if missing or len(adopted) > 1 or move.unknown:
+            log.error(
+                "PostgreSQL has lost commits: Redis stood at batch %d, PostgreSQL at %d. %d published events "
+                "are not in PostgreSQL: nobody can say whether their transactions are. Of %d batches it is not "
+                "known any more what is in them: events of theirs that still wait will be published again",
+                max(adopted), lead.batch, missing, move.unknown, extra={"action": "commits_lost"},
+            )  # fmt: skip
+        return events or 1
 
-    def _catch_up(self, expected: int, known: int) -> int:
+    def _send_again(self, lead: Lead, known: int) -> None:
         """Send again what Redis has forgotten: the journal's batches after the last that it knows."""
-        if known == 0 and self._settings.on_redis_reset == "halt":
-            raise Unsuitable(
-                f"Redis has lost its state, {expected} batches have been published, and "
-                "OUTBOX_ON_REDIS_RESET=halt: nothing is published until that is changed to replay"
-            )
-        lead = self._lead(expected)
-        if lead is None:
-            return 1
         log.error(
-            "Redis has forgotten batches %d to %d: sending them again", known + 1, expected,
+            "Redis has forgotten batches %d to %d: sending them again", known + 1, lead.batch,
             extra={"action": "redis_behind"},
         )  # fmt: skip
         lost = 0
         for _ in range(CATCH_UP):
-            if known >= expected or self.stop.is_set():
+            if known >= lead.batch or self.stop.is_set():
                 break
-            number, body = self._store.journal_after(known) or (expected, EMPTY.body)
-            batch, events = decode(body)
-            answer = self._streams.publish(lead.outbox_id, known, batch, number)
-            if not isinstance(answer, Added):
-                if isinstance(answer, Gone):
-                    self._store.rollback()
-                    return self._fill(expected, answer.lanes, known)
-                raise Unavailable(f"Redis has changed while batches were sent again: {answer}")
-            behind = dict.fromkeys(answer.held, "behind an event of its key that was refused")
-            self._bury_all(events, behind | answer.refused)
-            lost += number - known - 1 if body is not EMPTY.body else number - known
-            known = number
+            found = self._store.journal_after(known)
+            following = send_next(known, lead.batch, found[0] if found else None)
+            batch = decode(found[1])[0] if found else EMPTY
+            answer = self._publish(lead.outbox_id, known, batch, following.number)
+            if isinstance(answer, Gone):
+                self._perform(lead, decide(known, answer, self._replay))
+                break
+            known, lost = following.number, lost + following.lost
+            if not _whole(answer):
+                break
         if lost:
             log.error(
                 "%d batches that Redis has forgotten are no longer in the journal: they cannot be known",
                 lost, extra={"action": "batches_lost"},
             )  # fmt: skip
             self._store.count_losses(batches=lost)
-        self._store.commit()
-        return 1
 
-    def _fill(self, expected: int, lanes: Sequence[str], known: int | None = None) -> int:
+    def _fill(self, lead: Lead, lanes: Sequence[str], stands: int) -> None:
         """Fill lanes that were deleted or evicted again, with all that the journal holds of them."""
-        names = ", ".join(lanes)
-        if self._settings.on_redis_reset == "halt":
-            raise Unsuitable(
-                f"Redis has lost {names}, and OUTBOX_ON_REDIS_RESET=halt: nothing is published until that "
-                "is changed to replay"
-            )
-        lead = self._lead(expected)
-        if lead is None:
-            return 1
-        stands = expected if known is None else known
         log.error(
             "Redis has lost %s: filling it from the journal",
-            names,
+            ", ".join(lanes),
             extra={"action": "streams_lost"},
         )
         number = 0
         while (found := self._store.journal_after(number)) and found[0] <= stands:
-            if self.stop.is_set():
-                self._store.commit()
-                return 0  # Redis remembers how far we have come
             number = found[0]
-            batch, events = decode(found[1])
+            batch = decode(found[1])[0]
             for lane in {*lanes} & {*batch.lanes}:
-                self._restore(lead, stands, lane, number, batch, events)
+                # Redis remembers how far we have come.
+                answer = self._streams.restore(lead.outbox_id, stands, lane, number, batch)
+                if not _whole(answer) or self.stop.is_set():
+                    return
         for lane in lanes:
-            self._restore(lead, stands, lane, 0, EMPTY._replace(lanes=[lane]), [])
+            last = EMPTY._replace(lanes=[lane])
+            if not _whole(self._streams.restore(lead.outbox_id, stands, lane, 0, last)):
+                return
         self._store.count_losses(streams=len(lanes))
-        self._store.commit()
-        return 1
 
-    def _restore(
-        self, lead: Lead, stands: int, lane: str, number: int, batch: Batch, events: Sequence[Waiting]
-    ) -> None:
-        answer = self._streams.restore(lead.outbox_id, stands, lane, number, batch)
-        if not isinstance(answer, Added):
-            raise Unavailable(f"Redis has changed while {lane} was filled: {answer}")
-        self._bury_all(events, answer.refused)
-
-    def _bury_all(self, events: Sequence[Waiting], refused: dict[int, str]) -> None:
-        for place, error in refused.items():
-            self._store.bury(events[place], f"refused when it was sent again: {error}", 1)
+    def _bury(self, batch: int, reasons: Mapping[int, str]) -> None:
+        """Make dead letters of events of the journal that were refused when they were sent again."""
+        number, body = self._store.journal_after(batch - 1) or (0, b"")
+        if number != batch:
+            self._store.count_losses(batches=1)
+            return
+        _, events = decode(body)
+        for place, reason in reasons.items():
+            self._store.bury(events[place], f"refused when it was sent again: {reason}", 1)
 
     # -- between steps ----------------------------------------------------------------------------------
 
@@ -394,20 +423,15 @@ class Relay:
         self._outage.reset()
 
 
-def _sift(events: Sequence[Waiting]) -> tuple[list[Waiting], list[Refusal]]:
-    """Part the events that can be published from those that cannot, and what must not pass them."""
-    fit: list[Waiting] = []
-    refusals: list[Refusal] = []
-    stopped: set[tuple[str, str | None]] = set()
-    for event in events:
-        if error := publishable(event):
-            refusals.append(Refusal(event, error))
-            stopped |= {(event.stream, event.key)} if event.key is not None else set()
-        elif stopped and (event.stream, event.key) in stopped:
-            refusals.append(Refusal(event))
-        else:
-            fit.append(event)
-    return fit, refusals
+def _faults(events: Sequence[Waiting]) -> dict[int, str]:
+    return {place: fault for place, event in enumerate(events) if (fault := publishable(event))}
+
+
+def _whole(answer: Answer) -> bool:
+    """Return whether Redis took all that was sent again; what it refused is the next step's."""
+    if not isinstance(answer, Added):
+        raise Unavailable(f"Redis has changed while batches were sent again: {answer}")
+    return not answer.refused
 
 
 def _store(settings: Settings) -> Store:

@@ -62,6 +62,7 @@ class Settings:
     poll_seconds: float = _setting(1.0, "longest pause between two looks at an idle outbox", 0.001)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "least to be logged")
     log_format: Literal["text", "json"] = _setting("text", "a line of text or of JSON an event")
+    trace: str = _setting("off", "file that every action of a step is appended to, or off")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

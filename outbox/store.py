@@ -32,6 +32,7 @@ from sqlalchemy.exc import ArgumentError
 
 from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable, first_line
 from outbox.event import Waiting
+from outbox.protocol import Mark
 
 TABLES = {
     "outbox": "outbox",
@@ -111,7 +112,10 @@ DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
 )) RETURNING (SELECT at::text FROM since), {columns}
 """
 
-ADOPT: LiteralString = "DELETE FROM {outbox} WHERE id = ANY (%s) RETURNING {columns}"
+ADOPT: LiteralString = """
+DELETE FROM {outbox} USING unnest(%s::bigint[], %s::text[]) AS published (row_id, start)
+WHERE id = row_id AND starts_with(event_id::text, start) RETURNING {columns}
+"""
 SIZE: LiteralString = "pg_column_size(o.payload) + coalesce(pg_column_size(o.headers), 0)"
 COLUMNS: LiteralString = (
     "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
@@ -261,12 +265,12 @@ class Positions:
         self._seen_at = lead.seen_at
 
 
-class Refusal(NamedTuple):
-    """An event to put back: held behind another of its key (wait None), or refused (wait in seconds)."""
+class Back(NamedTuple):
+    """An event to put back: held behind another of its key (error None), or refused, with a wait in seconds."""
 
     event: Waiting
     error: str | None = None
-    wait: float | None = None
+    wait: float = 0.0
 
 
 class Store:
@@ -334,17 +338,18 @@ class Store:
         """Let the next claim scan from the top."""
         self._positions.forget()
 
-    def adopt(self, ids: Sequence[int]) -> list[Waiting]:
-        """Delete and return the events with these ids, in order: a dead leader has published them."""
-        return in_order(self._run(ADOPT, (list(ids),)))
+    def adopt(self, marks: Sequence[Mark]) -> list[Waiting]:
+        """Delete and return the events that these marks name, in order: they have been published."""
+        rows, starts = zip(*marks, strict=True) if marks else ((), ())
+        return in_order(self._run(ADOPT, (list(rows), list(starts))))
 
     def record_batch(self, batch: int, events: int, body: bytes) -> None:
         """Write the batch into the journal and move the leader's row to it."""
         self._run(RECORD_BATCH, {"batch": batch, "events": events, "body": body, "leader": self._leader})
 
-    def put_back(self, refusals: Iterable[Refusal]) -> None:
+    def put_back(self, events: Iterable[Back]) -> None:
         """Insert claimed events again: those with an error count one attempt more and wait for their retry."""
-        columns = zip(*(_put_back_row(refusal) for refusal in refusals), strict=True)
+        columns = zip(*(_put_back_row(back) for back in events), strict=True)
         if parameters := [list(column) for column in columns]:
             self._run(PUT_BACK, parameters)
 
@@ -605,8 +610,8 @@ def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     return events
 
 
-def _put_back_row(refusal: Refusal) -> tuple[Any, ...]:
-    event, error, wait = refusal
+def _put_back_row(back: Back) -> tuple[Any, ...]:
+    event, error, wait = back
     if error is None:
         return (*event, None)
     return (*event[:9], event.attempts + 1, error, wait)

@@ -4,7 +4,8 @@
 |---|---|---|
 | `<prefix>:<outbox id>` | hash | the state: what Redis knows of the outbox |
 | ... `batch` | | number of the last batch that was added |
-| ... `ids` | | the rows of that batch that were added, for a successor to adopt |
+| ... `ids:<n>` | | what was added with batch n (the last 64 of them), to be adopted: `<row>:<start of its id>` |
+| ... `refused` | | events of a batch that was sent again and that Redis refused, until they are dead letters |
 | ... `last:<lane>` | | the newest entry that was added to the lane, and how many it had had by then |
 | ... `restored:<lane>` | | while a lost lane is filled again: the last journal batch added |
 | `<stream>`, `<stream>:backfill` | stream | the lanes; an entry is a CloudEvents 1.0 event in binary mode |
@@ -29,6 +30,7 @@ from redis.retry import Retry
 
 from outbox.errors import InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
 from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
+from outbox.protocol import Added, Ahead, Answer, Behind, Gone, Mark, Refused
 
 log = logging.getLogger("outbox.streams")
 
@@ -39,7 +41,19 @@ SERVER_STATES = (
     "MOVED", "ASK", "TRYAGAIN", "CROSSSLOT", "NOSCRIPT", "UNBLOCKED",
 )  # fmt: skip
 
+KEPT = 64  # batches of which Redis remembers what is in them
+
 HEAD = """
+-- Who sends again learns of refusals before anything else happens: they outlive a crash of the relay in here.
+local refusals = redis.call('HGET', KEYS[1], 'refused')
+if refusals then return {'REFUSED', refusals} end
+local function remember_refusals(number, answer)
+    if #answer == 1 then return end
+    answer[1] = number
+    redis.call('HSET', KEYS[1], 'refused', cmsgpack.pack(answer))
+    answer[1] = 'OK'
+end
+
 local function is_state(message)
     for _, word in ipairs(STATES) do
         if string.find(message, '%f[%a]' .. word .. '%f[%A]') then return true end
@@ -83,19 +97,24 @@ local function went_back(lane)
 end
 """.replace("STATES", "{'" + "', '".join(SERVER_STATES) + "'}")
 
-# Answers OK, AHEAD, BEHIND, FENCED or GONE. Writes nothing but for OK, and then all or what Redis takes.
+# KEYS: the state, then the lanes of the body. ARGV: expected batch, the batch to stand at then, "look" (add nothing),
+# "new" or "again" (from the journal), its ids, and the body.
+# Answers OK, AHEAD, BEHIND, GONE or REFUSED. Writes nothing but for OK, and then all or what Redis takes.
 # A server refuses every write of a script or none, so an error of the server's state comes before any write.
 PUBLISH = (
     HEAD
     + """
 local expected = tonumber(ARGV[1])
 local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
-if batch == expected + 1 then
-    return {'AHEAD', redis.call('HGET', KEYS[1], 'ids') or ''}
+if batch > expected then
+    local ahead = {'AHEAD', batch}
+    for n = math.max(expected, batch - KEPT) + 1, batch do
+        local ids = redis.call('HGET', KEYS[1], 'ids:' .. n)
+        if ids then ahead[#ahead + 1] = {n, ids} end
+    end
+    return ahead
 elseif batch < expected then
     return {'BEHIND', batch}
-elseif batch > expected then
-    return {'FENCED', batch}
 end
 
 local gone = {'GONE'}
@@ -105,8 +124,9 @@ for i = 2, #KEYS do
     end
 end
 if #gone > 1 then return gone end
+if ARGV[3] == 'look' then return {'OK'} end
 
-local body = cmsgpack.unpack(ARGV[4])
+local body = cmsgpack.unpack(ARGV[5])
 local source, events = body[1], body[3]
 local last, added, answer, stopped = {}, {}, {'OK'}, {}
 for i, event in ipairs(events) do
@@ -121,26 +141,31 @@ for i, event in ipairs(events) do
             answer[#answer + 1] = {i - 1, entry.err}
         else
             last[event[1]] = entry
-            added[#added + 1] = event[3]
+            added[#added + 1] = event[3] .. ':' .. string.sub(event[4], 1, 8)
         end
     end
 end
 redis.call('HSET', KEYS[1], 'batch', ARGV[2],
-    'ids', #answer == 1 and ARGV[3] or table.concat(added, ' '))
+    'ids:' .. ARGV[2], #answer == 1 and ARGV[4] or table.concat(added, ' '))
+for n = expected - KEPT + 1, math.min(expected, tonumber(ARGV[2]) - KEPT) do
+    redis.call('HDEL', KEYS[1], 'ids:' .. n)
+end
 for i, entry in pairs(last) do remember(KEYS[i], entry) end
+if ARGV[3] == 'again' then remember_refusals(tonumber(ARGV[2]), answer) end
 return answer
 """
-)
+).replace("KEPT", str(KEPT))
 
 # Adds the events of one lane out of one journal batch to a lane that has been lost. KEYS: the state, then the
 # lanes of the body. ARGV: expected batch, lane, number of the journal batch (0 with the last call), body.
-# Answers OK, FENCED, or GONE when the lane has been lost again meanwhile: then it is to be filled from the start.
+# Answers OK, REFUSED, BEHIND when Redis stands elsewhere, or GONE when the lane has been lost again meanwhile: then
+# it is to be filled from the start.
 RESTORE = (
     HEAD
     + """
 local lane, number = ARGV[2], tonumber(ARGV[3])
 local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
-if batch ~= tonumber(ARGV[1]) then return {'FENCED', batch} end
+if batch ~= tonumber(ARGV[1]) then return {'BEHIND', batch} end
 local progress = 'restored:' .. lane
 local done = redis.call('HGET', KEYS[1], progress)
 if done and went_back(lane) then
@@ -168,6 +193,7 @@ for i, event in ipairs(body[3]) do
     end
 end
 redis.call('HSET', KEYS[1], progress, number)
+remember_refusals(number, answer)
 if newest_entry then
     remember(lane, newest_entry)
 elseif not done then
@@ -177,54 +203,26 @@ return answer
 """
 )
 
+# Forgets the refusals that are dead letters, and no later ones. KEYS: the state. ARGV: the note of them.
+FORGET = """
+if redis.call('HGET', KEYS[1], 'refused') == ARGV[1] then redis.call('HDEL', KEYS[1], 'refused') end
+return {'OK'}
+"""
+
 MAX_PAYLOAD = 64 * 1024 * 1024  # Redis drops a connection that sends more than its proto-max-bulk-len
 EVICTING = ("allkeys-lru", "allkeys-lfu", "allkeys-random", "allkeys-lrm")
 
 
 class Batch(NamedTuple):
-    """The encoded events of a batch, the lanes they go to, and their rows."""
+    """The encoded events of a batch, the lanes they go to, and how Redis remembers them."""
 
     lanes: list[str]
     ids: str
     body: bytes
 
 
-class Added(NamedTuple):
-    """OK: the batch is in Redis, but for what it refused (place in the batch, why) or held back (place)."""
-
-    refused: dict[int, str]
-    held: list[int]
-
-
-class Ahead(NamedTuple):
-    """The batch with the next number is there already, and these rows are in it."""
-
-    ids: list[int]
-
-
-class Behind(NamedTuple):
-    """Redis knows fewer batches; 0 when it knows none."""
-
-    batch: int
-
-
-class Fenced(NamedTuple):
-    """Redis knows later batches: there is a newer leader."""
-
-    batch: int
-
-
-class Gone(NamedTuple):
-    """These lanes have lost their entries while the state survived."""
-
-    lanes: list[str]
-
-
-Answer = Added | Ahead | Behind | Fenced | Gone
-
-
 class Streams:
-    """The relay's Redis: one connection that never sends anything again by itself.
+    """The relay's Redis: one connection that never sends anything again by itself. Not for two threads.
 
     `prefix` begins the name of the state's key; with a hash tag (`{shop}:outbox`) the state shares a slot
     with streams of that tag. Methods raise RedisUnavailable for whatever no event is to blame for.
@@ -251,13 +249,47 @@ class Streams:
             ) from None
         self._prefix = prefix
         self._warned = False
-        self._scripts = {script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)}
+        self._scripts = {
+            script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE, FORGET)
+        }
 
-    def publish(self, outbox_id: str, expected: int, batch: Batch, following: int | None = None) -> Answer:
-        """Add a batch, if Redis stands at `expected`; it then stands at `following` (default: the next)."""
-        number = expected + 1 if following is None else following
-        answer = self._call(PUBLISH, outbox_id, batch, expected, number, batch.ids, batch.body)
-        return _answer(answer)
+    def connect(self) -> bool:
+        """Open the connection for the calls of this step, if there is none that works; return whether it did.
+
+        A connection ends when Redis does, or fails over. One that is older than the step's lock cannot reach a
+        Redis that has forgotten what a successor of ours has published; a new one could. So no step may open
+        one after it last knew that it leads, and no call does so by itself.
+        """
+        with self._translated():
+            if self._works():
+                return False
+            self.close()
+            self._redis.connection = self._redis.connection_pool.get_connection()
+            return True
+
+    def _works(self) -> bool:
+        """Return whether the connection is open, with nothing left in it to read."""
+        connection = self._redis.connection
+        try:
+            return connection is not None and not connection.can_read()
+        except (redis.RedisError, OSError):
+            return False
+
+    def publish(self, outbox_id: str, expected: int, batch: Batch, again: int | None = None) -> Answer:
+        """Add a batch, if Redis stands at `expected`; it then stands at the next.
+
+        One of the journal that is sent again brings it to the number `again`.
+        """
+        number, how = (expected + 1, "new") if again is None else (again, "again")
+        return _answer(self._call(PUBLISH, outbox_id, batch, expected, number, how, batch.ids, batch.body))
+
+    def look(self, outbox_id: str, expected: int, batch: Batch) -> Answer:
+        """Return what Redis would answer to the batch, but for what it would refuse."""
+        return _answer(self._call(PUBLISH, outbox_id, batch, expected, expected, "look"))
+
+    def forget_refusals(self, outbox_id: str, note: bytes) -> None:
+        """Clear the note of refused events: they are dead letters, and committed."""
+        self._call(FORGET, outbox_id, EMPTY, note)
 
     def restore(self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch) -> Answer:
         """Add what a journal batch holds of a lane that was lost; with number 0, the lane is whole again."""
@@ -309,8 +341,12 @@ class Streams:
             return None
 
     def close(self) -> None:
-        """Drop the connection; the next call opens another."""
-        self._redis.connection_pool.disconnect()
+        """Drop the connection; `connect` opens another."""
+        pool, connection = self._redis.connection_pool, self._redis.connection
+        self._redis.connection = None
+        if connection:
+            pool.release(connection)
+        pool.disconnect()
 
     def _call(self, script: str, outbox_id: str, batch: Batch, *arguments: Any) -> list[Any]:
         keys = [f"{self._prefix}:{outbox_id}", *batch.lanes]
@@ -374,7 +410,7 @@ def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], st
              str(event.priority), event.payload, correlation, *more)
         )  # fmt: skip
     names = list(lanes)
-    ids = " ".join([str(event.id) for event in events])
+    ids = " ".join([f"{event.id}:{event.event_id[:8]}" for event in events])
     return Batch(names, ids, msgpack.packb([source, names, encoded]))
 
 
@@ -384,7 +420,7 @@ EMPTY = Batch([], "", msgpack.packb(["", [], []]))
 def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
     """Return a journal's body as a batch, and its events as far as the body tells."""
     _, lanes, events = msgpack.unpackb(body)
-    batch = Batch(lanes, " ".join(event[2] for event in events), body)
+    batch = Batch(lanes, " ".join(f"{event[2]}:{event[3][:8]}" for event in events), body)
     return batch, [_waiting(lanes, event) for event in events]
 
 
@@ -443,16 +479,25 @@ def _answer(answer: list[Any]) -> Answer:
     word, rest = answer[0], answer[1:]
     match word:
         case b"OK":
-            return Added(
-                {part[0]: part[1].decode(errors="replace") for part in rest if len(part) == 2},
-                [part[0] for part in rest if len(part) == 1],
-            )
+            return Added(*_refusals(rest))
         case b"AHEAD":
-            return Ahead([int(row) for row in rest[0].split()])
+            return Ahead(rest[0], {number: _marks(ids) for number, ids in rest[1:]})
         case b"BEHIND":
             return Behind(rest[0])
-        case b"FENCED":
-            return Fenced(rest[0])
         case b"GONE":
             return Gone([lane.decode() for lane in rest])
+        case b"REFUSED":
+            number, *parts = msgpack.unpackb(rest[0], raw=True)
+            return Refused(number, *_refusals(parts), note=rest[0])
     raise RedisUnavailable(f"Redis: an answer that no script of the outbox gives: {word!r}")
+
+
+def _refusals(parts: list[Any]) -> tuple[dict[int, str], list[int]]:
+    """Return what was refused (place in the batch, why) and what was held back (place)."""
+    refused = {part[0]: part[1].decode(errors="replace") for part in parts if len(part) == 2}
+    return refused, [part[0] for part in parts if len(part) == 1]
+
+
+def _marks(ids: bytes) -> list[Mark]:
+    pairs = (mark.split(":") for mark in ids.decode().split())
+    return [Mark(int(row), start) for row, start in pairs]

@@ -12,8 +12,9 @@ import psycopg
 import pytest
 
 from outbox import migrate, testing
+from outbox.errors import RedisUnavailable
 from tests.integration.box import Box, after, before
-from tests.integration.test_answers import journal
+from tests.integration.test_answers import journal, kill_backends
 from tests.integration.test_wakeup import running, wait_until
 
 # A daemon that stops itself (SIGSTOP) at a point of its first step.
@@ -95,6 +96,42 @@ def test_a_leader_that_is_frozen_too_briefly_to_be_replaced_goes_on(box):
         relay.send_signal(signal.SIGCONT)
         wait_until(lambda: not box.waiting())
     assert box.lane() == ["a"]
+
+
+def test_a_zombie_cannot_publish_to_a_redis_that_has_forgotten_its_successor(database_url):
+    """There, the batch number would be right again. Its connection is gone; a new one, it opens in a new step."""
+    with testing.redis() as server:
+        box = Box(database_url, server.url)
+        zombie = box.relay()
+        box.add("a")
+
+        def wake_too_late():
+            kill_backends(box)
+            box.add("b")
+            box.relay().drain()
+            server.kill()
+            server.restart()
+
+        before(zombie._streams, "publish", wake_too_late)
+        with pytest.raises(RedisUnavailable):
+            zombie.run_once()
+        assert (box.lane(), box.batch()) == ([], 1)
+        zombie.drain()
+        assert box.lane() == ["a", "b"]
+        box.close()
+
+
+def test_a_redis_that_has_crashed_and_forgotten_is_filled_though_nothing_new_is_written(database_url):
+    with testing.redis() as server:
+        box = Box(database_url, server.url)
+        relay = box.relay()
+        box.add("a")
+        relay.drain()
+        server.kill()
+        server.restart()
+        relay.drain()
+        assert box.lane() == ["a"]
+        box.close()
 
 
 # -- told to stop ------------------------------------------------------------------------------------------------

@@ -1,0 +1,497 @@
+"""A model of the protocol: two relays, a PostgreSQL and a Redis, as values that can be compared and hashed.
+
+The servers are the small functions in here. What a relay decides is decided by the product: `outbox.protocol`. An
+action of the model is one statement of the step, and between any two actions anything else may happen:
+
+    the service commits an event            a relay crashes, or is frozen until PostgreSQL has ended its transaction
+    Redis refuses an event, and takes it    Redis persists what it has, or forgets what it has not persisted
+    the journal is purged
+
+`Rules` are the protocol's; each can be broken, to see that the search finds what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from outbox import protocol
+from outbox.protocol import Added, Adopt, Ahead, Answer, Behind, Bury, Refused, SendAgain
+
+BATCH_SIZE = 2
+MAX_ATTEMPTS = 2
+NOBODY = -1
+
+
+class Event(NamedTuple):
+    """An event as the relay's claim returns it; its `id` stands for its mark in Redis, too."""
+
+    id: int
+    key: str
+    priority: int
+    attempts: int = 0
+    stream: str = "s"
+
+
+class Rules(NamedTuple):
+    """What the protocol rests on."""
+
+    compare_and_set: bool = True  # Redis takes a batch only if it stands at the one before
+    publish_first: bool = True  # and the commit after it
+    one_leader: bool = True  # else every relay claims, and skips the rows that another has locked
+    journal_outlives_loss: bool = True  # a batch is purged only when Redis cannot forget it any more
+    adopt_by_ids: bool = True  # else by another claim
+    ask_again: bool = (
+        True  # a relay recovers by what Redis says while it holds the lock, not by what it said before
+    )
+    same_connection: bool = True  # a step publishes on a connection that it had when it knew that it leads
+    note_refusals: bool = True  # Redis remembers what it refused of a journal batch until it is a dead letter
+
+
+AS_IT_IS = Rules()
+
+
+class Map(dict[Any, Any]):
+    """A dict that is part of a state."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+class Redis(NamedTuple):
+    """The streams and the state that the script keeps."""
+
+    lanes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # primary, backfill
+    batch: int = 0
+    ids: tuple[tuple[int, tuple[int, ...]], ...] = ()  # what is in the batches
+    refused: tuple[int, Map, tuple[int, ...]] | None = None  # of a journal batch: its number, refused, held
+
+
+class Change(NamedTuple):
+    """What a transaction has done and not committed."""
+
+    batches: tuple[tuple[int, tuple[int, ...]], ...] = ()  # of the journal
+    deleted: tuple[int, ...] = ()
+    back: tuple[tuple[int, int], ...] = ()  # rows put back: id and attempts
+    dead: tuple[int, ...] = ()
+
+
+class Relay(NamedTuple):
+    """A relay at a point of its step."""
+
+    at: str = "idle"  # the statement that comes next
+    tx: bool = False  # its transaction lives, and holds the leader's row
+    link: bool = False  # its connection to Redis lives
+    expected: int = 0
+    hand: Any = ()  # claimed events, an answer, a change
+
+    def rest(self) -> Relay:
+        """Return the relay after its step; what it has in hand is gone, its connection is not."""
+        return Relay(link=self.link)
+
+
+class World(NamedTuple):
+    """Everything."""
+
+    events: tuple[Event, ...]
+    crashes: int = 2
+    losses: int = 1
+    freezes: int = 1
+    spoils: int = 1
+    written: int = 0  # events that the service has committed
+    bad: int = NOBODY  # the event that Redis refuses
+    rows: tuple[tuple[int, int], ...] = ()  # the table outbox: id and attempts
+    batch: int = 0
+    journal: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    dead: tuple[int, ...] = ()
+    redis: Redis = Redis()
+    past: tuple[Redis, ...] = ()  # what Redis would come back with if it crashed
+    relays: tuple[Relay, Relay] = (Relay(), Relay())
+
+
+class Broken(Exception):
+    """Raised when the promise is broken; says how."""
+
+
+Moves = Iterator[tuple[str, World]]
+
+
+# -- Redis ----------------------------------------------------------------------------------------------------
+
+
+def ask(redis: Redis, known: int, number: int, events: Sequence[Event], bad: int = NOBODY, *,
+        again: bool = False, rules: Rules = AS_IT_IS) -> tuple[Redis, Answer]:  # fmt: skip
+    """Return what the script does with a batch, and what it answers."""
+    if redis.refused:
+        return redis, Refused(*redis.refused, note=b"")
+    if rules.compare_and_set and redis.batch > known:
+        kept = Map({n: ids for n, ids in redis.ids if n > known})
+        return redis, Ahead(redis.batch, kept)
+    if rules.compare_and_set and redis.batch < known:
+        return redis, Behind(redis.batch)
+    refused, held, added, stopped = Map(), [], [], set()
+    for place, event in enumerate(events):
+        if event.key in stopped:
+            held.append(place)
+        elif event.id == bad:
+            refused[place] = "refused"
+            stopped.add(event.key)
+        else:
+            added.append(event)
+    lanes = tuple(
+        (*lane, *(event.id for event in added if (event.priority < 0) == backfill))
+        for lane, backfill in zip(redis.lanes, (False, True), strict=True)
+    )
+    note = (number, refused, tuple(held)) if again and refused and rules.note_refusals else None
+    ids = (*redis.ids, (number, tuple(event.id for event in added)))
+    return Redis(lanes, number, ids, note), Added(refused, held)
+
+
+def _asked(world: World, redis: Redis) -> World:
+    """Return the world after Redis was asked; a change can be forgotten until it is persisted."""
+    past = world.past
+    if redis != world.redis and world.losses:
+        past = (*past, world.redis)
+    return world._replace(redis=redis, past=past)
+
+
+# -- PostgreSQL -----------------------------------------------------------------------------------------------
+
+
+def _due(world: World, me: int, rules: Rules, retry: bool) -> tuple[Event, ...]:
+    """Return what a claim takes: in order, and nothing behind a refused event of its key."""
+    rows = [world.events[id]._replace(attempts=attempts) for id, attempts in world.rows]
+    waiting = [row for row in rows if row.attempts]
+    locked = () if rules.one_leader else _locked(world, me)
+    due = [
+        row
+        for row in rows
+        if row.id not in locked
+        and (retry or not row.attempts)
+        and not any(other.key == row.key and other.id < row.id for other in waiting)
+    ]
+    return tuple(sorted(due, key=lambda row: (-row.priority, row.id))[:BATCH_SIZE])
+
+
+def _locked(world: World, me: int) -> set[int]:
+    """Return the rows that another relay's transaction has deleted, and not committed."""
+    other = world.relays[1 - me]
+    if not other.tx:
+        return set()
+    if other.at == "publish":
+        return {event.id for event in other.hand}
+    return set(other.hand.deleted) if isinstance(other.hand, Change) else set()
+
+
+def _committed(world: World, change: Change) -> World:
+    gone = {*change.deleted}
+    rows = [row for row in world.rows if row[0] not in gone] + [*change.back]
+    return world._replace(
+        rows=tuple(sorted(rows)),
+        batch=max([world.batch, *(number for number, _ in change.batches)]),
+        journal=(*world.journal, *change.batches),
+        dead=tuple(sorted({*world.dead, *change.dead})),
+    )
+
+
+# -- a step of a relay, statement by statement ----------------------------------------------------------------
+
+
+def _moves(world: World, me: int, rules: Rules) -> Moves:
+    relay = world.relays[me]
+    if not relay.tx and relay.at in IN_TRANSACTION:
+        yield "finds that its transaction is gone", _with(world, me, relay.rest())
+    elif not relay.link and relay.at in ON_CONNECTION and rules.same_connection:
+        yield "finds its connection to Redis closed", _with(world, me, relay.rest())
+    else:
+        yield from STATEMENTS[relay.at](world, me, relay, rules)
+
+
+def _with(world: World, me: int, relay: Relay) -> World:
+    return world._replace(relays=(relay, world.relays[1]) if me == 0 else (world.relays[0], relay))
+
+
+def _begin(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    if not (rules.one_leader and world.relays[1 - me].tx):
+        yield "begins, and locks the leader's row", _with(world, me, relay._replace(at="look", tx=True))
+
+
+def _look(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Read the batch. Who has just connected to Redis asks it where it stands."""
+    if relay.hand and relay.expected == world.batch:
+        read = relay._replace(at="recover", link=True)
+    else:
+        read = Relay("claim" if relay.link else "ask", tx=True, link=True, expected=world.batch)
+    yield f"reads batch {world.batch}", _with(world, me, read)
+
+
+def _ask(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    _, answer = ask(world.redis, relay.expected, relay.expected, (), rules=rules)
+    said = f"at batch {world.redis.batch}" if isinstance(answer, Added) else _said(answer)
+    text = f"asks Redis where it stands: {said}"
+    at = "claim" if isinstance(answer, Added) else "recover"
+    yield text, _with(world, me, relay._replace(at=at, hand=() if at == "claim" else answer))
+
+
+def _claim(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    retries = (True, False) if any(attempts for _, attempts in world.rows) else (True,)
+    for retry in retries:
+        events = _due(world, me, rules, retry)
+        if not events:
+            yield "finds nothing due", _with(world, me, relay.rest())
+            continue
+        text = f"claims {_names(event.id for event in events)}"
+        claimed = relay._replace(at="publish", hand=events)
+        if not rules.publish_first:
+            ids = tuple(event.id for event in events)
+            claimed = claimed._replace(at="commit", hand=Change(((relay.expected + 1, ids),), ids))
+        yield text, _with(world, me, claimed)
+
+
+def _publish(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    fit, _ = protocol.sift(relay.hand, {})
+    redis, answer = ask(world.redis, relay.expected, relay.expected + 1, fit, world.bad, rules=rules)
+    _check_that_none_passes(world, redis)
+    text = f"publishes batch {relay.expected + 1}, {_names(event.id for event in fit)}: {_said(answer)}"
+    after = relay._replace(at="roll back", hand=() if rules.ask_again else answer)
+    if isinstance(answer, Added) or not rules.publish_first:
+        hand = _settled(relay.expected, fit, answer) if rules.publish_first else ()
+        after = relay._replace(at="commit", hand=hand) if rules.publish_first else relay.rest()
+    yield text, _with(_asked(world, redis), me, after)
+
+
+def _settled(expected: int, events: list[Event], answer: Added) -> Change:
+    published, refusals = protocol.settle(events, answer)
+    dead = [refusal for refusal in refusals if protocol.is_dead(refusal, MAX_ATTEMPTS)]
+    back = [refusal for refusal in refusals if refusal not in dead]
+    return Change(
+        batches=((expected + 1, tuple(event.id for event in published)),),
+        deleted=tuple(event.id for event in events),
+        back=tuple((event.id, event.attempts + bool(error)) for event, error in back),
+        dead=tuple(event.id for event, _ in dead),
+    )
+
+
+def _check_that_none_passes(world: World, redis: Redis) -> None:
+    """Raise Broken when a batch has brought an event past a refused one of its key."""
+    new = {id for lane in redis.lanes for id in lane} - {id for lane in world.redis.lanes for id in lane}
+    for id in new:
+        for other, attempts in world.rows:
+            if attempts and other < id and world.events[other].key == world.events[id].key:
+                raise Broken(f"{_name(id)} has passed {_name(other)}, which was refused")
+
+
+def _roll_back(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Give up the lock; the next step asks Redis first. (The broken rule keeps the answer in hand.)"""
+    yield "rolls back", _with(world, me, Relay(expected=relay.expected, hand=relay.hand))
+
+
+def _recover(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    move = protocol.decide(relay.expected, relay.hand, replay=True)
+    match move:
+        case Adopt(batches):
+            yield from _adopt(world, me, relay, rules, batches)
+        case SendAgain(known):
+            yield "sends again", _with(world, me, relay._replace(at="send again", hand=known))
+        case Bury(batch, reasons):
+            ids = dict(world.journal).get(batch, ())
+            dead = tuple(ids[place] for place in reasons if ids)
+            buried = relay._replace(at="commit, then forget", hand=Change(dead=dead))
+            yield f"buries {_names(dead)}", _with(world, me, buried)
+        case _:
+            raise AssertionError(move)
+
+
+def _adopt(world: World, me: int, relay: Relay, rules: Rules, batches: Any) -> Moves:
+    marks = {id for ids in batches.values() for id in ids}
+    if not rules.adopt_by_ids:
+        marks = {event.id for event in _due(world, me, rules, True)}
+        batches = {max(batches): tuple(marks)}
+    if not rules.one_leader and marks & _locked(world, me):
+        return  # waits for the other's locks
+    here = marks & {id for id, _ in world.rows}
+    journal = tuple((n, tuple(id for id in ids if id in here)) for n, ids in sorted(batches.items()))
+    hand = Change(batches=journal, deleted=tuple(sorted(here)))
+    yield f"adopts {_names(sorted(here))}", _with(world, me, relay._replace(at="commit", hand=hand))
+
+
+def _send_again(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    known = relay.hand
+    if known >= relay.expected:
+        yield "commits", _with(world, me, Relay())
+        return
+    found = next(((number, ids) for number, ids in world.journal if number > known), None)
+    following = protocol.send_next(known, relay.expected, found[0] if found else None)
+    events = [world.events[id] for id in found[1]] if found else []
+    redis, answer = ask(world.redis, known, following.number, events, world.bad, again=True, rules=rules)
+    text = f"sends batch {following.number} again, {_names(event.id for event in events)}: {_said(answer)}"
+    if not isinstance(answer, Added):  # as when Redis has forgotten more meanwhile: the step fails
+        yield text, _with(_asked(world, redis), me, Relay())
+        return
+    on = relay._replace(hand=relay.expected if answer.refused else following.number)
+    if answer.refused and not rules.note_refusals:
+        dead = tuple(events[place].id for place in (*answer.refused, *answer.held))
+        on = relay._replace(at="commit", hand=Change(dead=dead))
+    yield text, _with(_asked(world, redis), me, on)
+
+
+def _commit(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    if relay.hand.batches and relay.expected != world.batch:
+        yield "fails to commit: there is such a batch", _with(world, me, Relay())
+        return
+    world = _committed(world, relay.hand)
+    if rules.publish_first or relay.at != "commit":
+        yield "commits", _with(world, me, relay.rest())
+    else:
+        events = tuple(world.events[id] for id in relay.hand.deleted)
+        yield "commits", _with(world, me, relay._replace(at="publish", tx=False, hand=events))
+
+
+def _commit_then_forget(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    after = Relay(at="forget", link=relay.link, hand=world.redis.refused)
+    yield "commits", _with(_committed(world, relay.hand), me, after)
+
+
+def _forget(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    if world.redis.refused == relay.hand:
+        world = _asked(world, world.redis._replace(refused=None))
+    yield "has Redis forget the refusal", _with(world, me, Relay())
+
+
+STATEMENTS = {
+    "idle": _begin,
+    "look": _look,
+    "ask": _ask,
+    "claim": _claim,
+    "publish": _publish,
+    "roll back": _roll_back,
+    "recover": _recover,
+    "send again": _send_again,
+    "commit": _commit,
+    "commit, then forget": _commit_then_forget,
+    "forget": _forget,
+}
+IN_TRANSACTION = {"look", "claim", "recover", "commit", "commit, then forget"}
+ON_CONNECTION = {"ask", "publish", "send again", "forget"}
+
+
+# -- everything else that happens -----------------------------------------------------------------------------
+
+
+def steps(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
+    """Yield what relays that nobody disturbs, and the service, can do: who, what, and the world after it."""
+    if world.written < len(world.events):
+        event = world.written
+        rows = (*world.rows, (event, 0))
+        text = f"the service commits {_name(event)}"
+        yield NOBODY, text, world._replace(written=event + 1, rows=rows)
+    if world.bad != NOBODY:
+        yield NOBODY, f"Redis can take {_name(world.bad)} again", world._replace(bad=NOBODY)
+    if world.journal and world.journal[0][0] <= _safe(world, rules):
+        text = f"batch {world.journal[0][0]} is purged from the journal"
+        yield NOBODY, text, world._replace(journal=world.journal[1:])
+    for me in (0, 1):
+        for text, after in _moves(world, me, rules):
+            yield me, text, after
+
+
+def _safe(world: World, rules: Rules) -> int:
+    """Return the last batch that the journal need not keep."""
+    if not rules.journal_outlives_loss:
+        return world.batch
+    states = (world.redis, *world.past)
+    noted = [state.refused[0] - 1 for state in states if state.refused]
+    return min([world.batch, *(state.batch for state in states), *noted])
+
+
+def faults(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
+    """Yield what can go wrong: who, what, and the world after it."""
+    if world.spoils:
+        for id in range(len(world.events)):
+            spoilt = world._replace(spoils=0, bad=id)
+            yield NOBODY, f"Redis would refuse {_name(id)} from now on", spoilt
+    if world.past:
+        yield NOBODY, "Redis persists all that it has", world._replace(past=())
+        for state in {*world.past}:
+            text = f"Redis crashes, and is back at batch {state.batch}"
+            relays = tuple(relay._replace(link=False) for relay in world.relays)
+            forgotten = world._replace(redis=state, past=(), losses=world.losses - 1, relays=relays)
+            yield NOBODY, text, forgotten
+    for me, relay in enumerate(world.relays):
+        if relay.at != "idle" and world.crashes:
+            yield me, "crashes", _with(world._replace(crashes=world.crashes - 1), me, Relay())
+        if relay.tx and world.freezes:
+            frozen = world._replace(freezes=world.freezes - 1)
+            text = "freezes, until PostgreSQL has ended its transaction"
+            yield me, text, _with(frozen, me, relay._replace(tx=False))
+
+
+# -- the promise ----------------------------------------------------------------------------------------------
+
+
+def check(world: World) -> None:
+    """Raise Broken when the promise is, in this state."""
+    redis, events = world.redis, world.events
+    seen = [id for lane in redis.lanes for id in lane]
+    for id in {*seen}:
+        if seen.count(id) > 1:
+            raise Broken(f"{_name(id)} is in a stream twice")
+    for lane in redis.lanes:
+        for place, id in enumerate(lane):
+            if any(other > id and events[other][1:3] == events[id][1:3] for other in lane[:place]):
+                raise Broken(f"{_name(id)} comes after a later event of its key and priority")
+    noted = _noted(world)
+    journal = {id for number, ids in world.journal if number > redis.batch for id in ids}
+    settled = {*seen, *world.dead}
+    waiting = {id for id, _ in world.rows} | journal | noted
+    for id in range(world.written):
+        if id not in settled and id not in waiting:
+            raise Broken(f"{_name(id)} is lost")
+    told = dict(redis.ids)
+    for number, ids in world.journal:
+        if number in told and {*ids} - {*told[number]} - {*world.dead} - noted:
+            raise Broken(
+                f"batch {number} is {_names(told[number])} in Redis, and {_names(ids)} in PostgreSQL"
+            )
+        if number in told and {*told[number]} - {*ids}:
+            raise Broken(
+                f"batch {number} is {_names(told[number])} in Redis, and {_names(ids)} in PostgreSQL"
+            )
+
+
+def _noted(world: World) -> set[int]:
+    """Return the events that are to be dead letters."""
+    if not world.redis.refused:
+        return set()
+    number, refused, held = world.redis.refused
+    ids = dict(world.journal).get(number, ())
+    return {ids[place] for place in (*refused, *held) if ids}
+
+
+def is_settled(world: World) -> bool:
+    """Return whether every event is in a stream or a dead letter, and nobody has anything in hand."""
+    settled = {id for lane in world.redis.lanes for id in lane} | {*world.dead}
+    idle = all(relay.at == "idle" for relay in world.relays)
+    return idle and not world.rows and len(settled) == len(world.events)
+
+
+# -- in words -------------------------------------------------------------------------------------------------
+
+
+def _name(id: int) -> str:
+    return f"e{id + 1}"
+
+
+def _names(ids: Any) -> str:
+    return " ".join(map(_name, ids)) or "nothing"
+
+
+def _said(answer: Answer) -> str:
+    match answer:
+        case Added(refused):
+            return "added" if not refused else "refused in part"
+        case Ahead(batch):
+            return f"Redis stands ahead, at batch {batch}"
+        case Behind(batch):
+            return f"Redis stands behind, at batch {batch}"
+    return "Redis has refusals to tell of first"
