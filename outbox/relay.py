@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 
 from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuitable
 from outbox.event import Waiting
+from outbox.housekeeper import Housekeeper
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.protocol import (
     Added,
@@ -65,7 +66,9 @@ class Relay:
         self._settings = settings
         self._lane = settings.lane_rule().lane
         self._replay = settings.on_redis_reset == "replay"
-        self._store = _store(settings)
+        self._store = Store(
+            settings.database_url, schema=settings.schema, takeover_seconds=settings.takeover_seconds
+        )
         # Shorter than the leader's lock can last, so that a Redis that does not answer is noticed first.
         self._streams = Streams(
             settings.redis_url,
@@ -93,8 +96,8 @@ class Relay:
 
     def run(self) -> None:
         """Relay until stopped, finishing the batch in hand. Blocks."""
-        purger = threading.Thread(target=_purge, args=(self._settings, self.stop), daemon=True)
-        purger.start()
+        housekeeper = threading.Thread(target=Housekeeper(self._settings, self.stop).run, daemon=True)
+        housekeeper.start()
         while not self.stop.is_set():
             try:
                 self._listen()
@@ -105,7 +108,7 @@ class Relay:
                 self._recovered()
                 if not moved:
                     self._rest()
-        purger.join(timeout=1)
+        housekeeper.join(timeout=1)
         self.close()
 
     def drain(self, timeout_seconds: float = 30.0) -> int:
@@ -432,24 +435,3 @@ def _whole(answer: Answer) -> bool:
     if not isinstance(answer, Added):
         raise Unavailable(f"Redis has changed while batches were sent again: {answer}")
     return not answer.refused
-
-
-def _store(settings: Settings) -> Store:
-    return Store(
-        settings.database_url,
-        schema=settings.schema,
-        takeover_seconds=settings.takeover_seconds,
-    )
-
-
-def _purge(settings: Settings, stop: Stop) -> None:
-    """Delete old journal batches, a few at a time, beside the relay and on a connection of its own."""
-    store = _store(settings)
-    while not stop.is_set():
-        try:
-            purged = store.purge(settings.journal_retention_seconds)
-        except OutboxError:
-            purged = 0  # the relay itself reports what ails the server
-        if not purged:
-            stop.wait(min(10.0, max(0.1, settings.journal_retention_seconds / 10)))
-    store.close()

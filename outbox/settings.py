@@ -54,6 +54,8 @@ class Settings:
     backoff_seconds: float = _setting(1.0, "pause after an event's first refusal; doubles", 0)
     backoff_max_seconds: float = _setting(300.0, "longest pause between an event's attempts", 0)
     journal_retention_seconds: float = _setting(3600.0, "how long published batches can be sent again", 0)
+    trim: Literal["on", "off"] = _setting("on", "drop from the lanes what all consumer groups have finished")
+    stream_retention_seconds: float = _setting(3600.0, "how long finished entries stay in the lanes", 0)
     on_redis_reset: Literal["replay", "halt"] = _setting(
         "replay", "when Redis comes back empty: send the journal again, or stop publishing"
     )

@@ -417,6 +417,10 @@ class Store:
             query = self._sql(PURGE)
             return self._connected().execute(query, (retention_seconds,)).rowcount
 
+    def outbox_id(self) -> str:
+        """Return the id of this outbox, by which Redis knows it."""
+        return str(self._run("SELECT outbox_id::text FROM {relay} WHERE partition = 0")[0][0])
+
     def listen(self) -> Listener | None:
         """Return a listener for the wake-up, or None where a notification does not come through.
 

@@ -209,8 +209,43 @@ if redis.call('HGET', KEYS[1], 'refused') == ARGV[1] then redis.call('HDEL', KEY
 return {'OK'}
 """
 
+# Drops the entries of a lane that all its groups have finished, if they are older than ARGV[1], a time in Unix
+# milliseconds. Without a group nothing is finished. Answers the numbers of groups, of entries dropped, and of all.
+TRIM = """
+local lane = KEYS[1]
+local groups = redis.pcall('XINFO', 'GROUPS', lane)
+if groups.err then return {0, 0, 0} end  -- no such lane
+local function parts(id)
+    local ms, number = string.match(id, '(%d+)-(%d+)')
+    return tonumber(ms), tonumber(number)
+end
+local function older(one, other)
+    local ms, number = parts(one)
+    local other_ms, other_number = parts(other)
+    return ms < other_ms or (ms == other_ms and number < other_number)
+end
+local keep, dropped = ARGV[1] .. '-0', 0
+for _, info in ipairs(groups) do
+    local group = {}
+    for i = 1, #info, 2 do group[info[i]] = info[i + 1] end
+    local unfinished = group['last-delivered-id']
+    if group.pending > 0 then unfinished = redis.call('XPENDING', lane, group.name)[2] end
+    if older(unfinished, keep) then keep = unfinished end
+end
+if #groups > 0 then dropped = redis.call('XTRIM', lane, 'MINID', '~', keep) end
+return {#groups, dropped, redis.call('XLEN', lane)}
+"""
+
 MAX_PAYLOAD = 64 * 1024 * 1024  # Redis drops a connection that sends more than its proto-max-bulk-len
 EVICTING = ("allkeys-lru", "allkeys-lfu", "allkeys-random", "allkeys-lrm")
+
+
+class Trimmed(NamedTuple):
+    """What `trim` found in a lane: its groups, and how many entries were dropped and are left."""
+
+    groups: int
+    dropped: int
+    entries: int
 
 
 class Batch(NamedTuple):
@@ -250,7 +285,7 @@ class Streams:
         self._prefix = prefix
         self._warned = False
         self._scripts = {
-            script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE, FORGET)
+            script: self._redis.register_script(script).sha for script in (TRIM, PUBLISH, RESTORE, FORGET)
         }
 
     def connect(self) -> bool:
@@ -339,6 +374,14 @@ class Streams:
             return int(self._redis.xlen(lane))
         except redis.ResponseError:
             return None
+
+    def trim(self, lane: str, before_ms: int, *, dry: bool = False) -> Trimmed:
+        """Drop what all groups of a lane have finished and is older than a time, a few thousand entries at once.
+
+        With `dry`, look only.
+        """
+        with self._translated():
+            return Trimmed(*self._eval(TRIM, [lane], [0 if dry else before_ms]))
 
     def close(self) -> None:
         """Drop the connection; `connect` opens another."""
