@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Letters, digits and what keys of Redis are made of by custom; braces are the hash tag of a Redis Cluster.
 STREAM_NAME = re.compile(r"[A-Za-z0-9_.:{}/-]{1,200}")
+
+
+LOWEST, BEYOND = -32768, 32768  # of a smallint, and above it
+
+
+class Pause(NamedTuple):
+    """What waits in PostgreSQL for now, so that Redis does not fill up: priorities below `floor`, and `lanes`.
+
+    The rest says what a lane is: a stream, with `suffix` for priorities below `threshold`.
+    """
+
+    floor: int = LOWEST
+    lanes: tuple[str, ...] = ()
+    threshold: int = LOWEST
+    suffix: str = ""
+
+
+NO_PAUSE = Pause()
 
 
 @dataclass(frozen=True)
@@ -25,3 +45,23 @@ class Lanes:
         if self.on and priority < self.threshold:
             return f"{stream}:{self.suffix}"
         return stream
+
+    def pause(self, entries: Mapping[str, int | None], most: int, used: float, share: float) -> Pause:
+        """Return what should wait: backfill first, primary last.
+
+        A backfill lane waits from `most` entries on, a primary one from twice that; 0 is no limit. All of backfill
+        waits when Redis has `used` this `share` of its memory, everything halfway between that and all of it.
+        """
+        full = [
+            lane
+            for lane, count in sorted(entries.items())
+            if most and (count or 0) >= (most if self.is_backfill(lane) else 2 * most)
+        ]
+        floor = LOWEST
+        if used >= share:
+            floor = BEYOND if used >= (1 + share) / 2 or not self.on else self.threshold
+        return Pause(floor, tuple(full), self.threshold if self.on else LOWEST, f":{self.suffix}")
+
+    def is_backfill(self, lane: str) -> bool:
+        """Return whether a lane is a backfill one."""
+        return self.on and lane.endswith(f":{self.suffix}")

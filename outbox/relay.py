@@ -22,9 +22,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuitable
+from outbox.errors import DatabaseUnavailable, OutboxError, RedisUnavailable, Unavailable, Unsuitable
 from outbox.event import Waiting
 from outbox.housekeeper import Housekeeper
+from outbox.lanes import BEYOND
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.protocol import (
     Added,
@@ -79,6 +80,8 @@ class Relay:
         self._in_doubt: Batch | None = (
             None  # ask about its lanes, and where Redis stands, before the next claim
         )
+        self._housekeeper = Housekeeper(settings, self.stop)
+        self._paused_again = 0.0  # when to look behind what waits, by the monotonic clock
         self._listener: Listener | None = None
         self._listen_again = Every(30)
         self._check_redis = Every(30)
@@ -96,7 +99,7 @@ class Relay:
 
     def run(self) -> None:
         """Relay until stopped, finishing the batch in hand. Blocks."""
-        housekeeper = threading.Thread(target=Housekeeper(self._settings, self.stop).run, daemon=True)
+        housekeeper = threading.Thread(target=self._housekeeper.run, daemon=True)
         housekeeper.start()
         while not self.stop.is_set():
             try:
@@ -159,6 +162,8 @@ class Relay:
     # -- one step ---------------------------------------------------------------------------------------
 
     def _step(self) -> int:
+        if self._housekeeper.pause.floor >= BEYOND:
+            raise RedisUnavailable("Redis is nearly full: nothing is published until it has room")
         lead = self._lead()
         if lead is None:
             return 0
@@ -167,8 +172,7 @@ class Relay:
             if not isinstance(answer, Added):
                 return self._recover(lead, answer)
             self._in_doubt = None
-        settings = self._settings
-        events = self._store.claim(lead, settings.batch_size, settings.batch_bytes)
+        events = self._claim(lead)
         if not events:
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()
@@ -191,6 +195,22 @@ class Relay:
         self._commit(lead, {lead.batch + 1: batch.ids})
         self.published += len(published)
         return len(events)
+
+    def _claim(self, lead: Lead) -> list[Waiting]:
+        """Claim a batch, of what need not wait until Redis has room again."""
+        settings, pause = self._settings, self._housekeeper.pause
+        events: list[Waiting] = []
+        if (
+            pause.lanes
+        ):  # those that wait must be passed one by one, which is not for each primary event to wait for
+            above = pause._replace(floor=max(pause.floor, settings.threshold))
+            events = self._store.claim(lead, settings.batch_size, settings.batch_bytes, above)
+        if not events and time.monotonic() >= self._paused_again:
+            started = time.monotonic()
+            events = self._store.claim(lead, settings.batch_size, settings.batch_bytes, pause)
+            now = time.monotonic()
+            self._paused_again = now + 10 * (now - started) if pause.lanes else 0.0
+        return events
 
     def _lead(self) -> Lead | None:
         """Begin a step as the leader, or end it: another leads."""

@@ -56,6 +56,10 @@ class Settings:
     journal_retention_seconds: float = _setting(3600.0, "how long published batches can be sent again", 0)
     trim: Literal["on", "off"] = _setting("on", "drop from the lanes what all consumer groups have finished")
     stream_retention_seconds: float = _setting(3600.0, "how long finished entries stay in the lanes", 0)
+    lane_max_entries: int = _setting(0, "a backfill lane waits from so many entries on; 0: no limit", 0)
+    redis_memory_percent: float = _setting(
+        80.0, "backfill waits when Redis has used this of its maxmemory", 1
+    )
     on_redis_reset: Literal["replay", "halt"] = _setting(
         "replay", "when Redis comes back empty: send the journal again, or stop publishing"
     )

@@ -32,6 +32,7 @@ from sqlalchemy.exc import ArgumentError
 
 from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable, first_line
 from outbox.event import Waiting
+from outbox.lanes import LOWEST, NO_PAUSE, Pause
 from outbox.protocol import Mark
 
 TABLES = {
@@ -70,6 +71,12 @@ DUE: LiteralString = "(o.available_at IS NULL OR o.available_at <= clock_timesta
 FREE: LiteralString = """
  AND NOT EXISTS (SELECT FROM {outbox} r
                  WHERE r.attempts > 0 AND r.stream = o.stream AND r.key = o.key AND r.id < o.id)
+"""
+
+# Not of a lane that waits until Redis has room again.
+FLOWING: LiteralString = """
+ AND o.priority >= %(floor)s
+ AND (CASE WHEN o.priority < %(threshold)s THEN o.stream || %(suffix)s ELSE o.stream END <> ALL (%(lanes)s))
 """
 
 # `known` holds the priorities seen so far, highest first, each with the position where the claim last
@@ -248,18 +255,17 @@ class Positions:
             "seen_at": self._seen_at,
         }
 
-    def moved(self, lead: Lead, events: Sequence[Waiting], since: str, full: bool) -> None:
+    def moved(self, lead: Lead, events: Sequence[Waiting], since: str, reached: int) -> None:
         """Remember a claim that `lead` came before, and that started no later than `since`.
 
-        One that was full has not come to the priorities below its last: there, what ended transactions
-        have written behind the position is still to be found.
+        It has not come to the priorities below `reached`: there, what ended transactions have written behind
+        the position is still to be found.
         """
         for event in events:
             self._last[event.priority] = (event.created_at, event.id)
-        if full:
-            for priority, position in self._last.items():
-                if priority < events[-1].priority:
-                    self._last[priority] = min(position, (since, 0))
+        for priority, position in self._last.items():
+            if priority < reached:
+                self._last[priority] = min(position, (since, 0))
         running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid]
         self._running = {xid: self._running.get(xid, self._seen_at) for xid in running}
         self._seen_at = lead.seen_at
@@ -286,10 +292,11 @@ class Store:
         self._schema = schema
         self._idle_ms = max(100, int(takeover_seconds * 600))
         self._connection: psycopg.Connection | None = None
-        self._statements: dict[tuple[str, bool], sql.Composed] = {}
+        self._statements: dict[tuple[str, bool, bool], sql.Composed] = {}
         self._positions = Positions()
         self._from_top_at = 0.0
         self._refused_before = False
+        self._paused_before: tuple[str, ...] = ()
         self._leader = f"{socket.gethostname()}:{os.getpid()}"
         self._session_is_ours = False  # unknown: no prepared statements behind a transaction-pooling proxy
 
@@ -310,18 +317,21 @@ class Store:
         """Return what the leader's row says."""
         return Lead._make(self._run(LEAD)[0])
 
-    def claim(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
+    def claim(self, lead: Lead, rows: int, size: int, pause: Pause = NO_PAUSE) -> list[Waiting]:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
 
         They come in order: highest priority, then oldest, then lowest id. While any event is refused,
-        those that must wait for one of their key are passed over.
+        those that must wait for one of their key are passed over; so is what is to `pause`.
         """
         started = time.monotonic()
-        if lead.refused or self._refused_before:
+        if lead.refused or self._refused_before or pause.lanes != self._paused_before:
             self._positions.forget()  # what had to wait may be free now, in any priority
         from_top = started >= self._from_top_at
-        limits = {"rows": rows, "bytes": size}
-        found = self._run(CLAIM, self._positions.parameters(from_top) | limits, free=lead.refused)
+        limits = {"rows": rows, "bytes": size, **pause._asdict(), "lanes": list(pause.lanes)}
+        parameters = self._positions.parameters(from_top) | limits
+        found = self._run(
+            CLAIM, parameters, free=lead.refused, paused=pause.floor > LOWEST or bool(pause.lanes)
+        )
         if from_top:
             # Rows that were not due when a claim passed them are found from the top only. While an old
             # snapshot is held, that reads every dead row: a twentieth of the time is its share. The
@@ -330,8 +340,8 @@ class Store:
         events = in_order(row[1:] for row in found)
         since = found[0][0] if found else EVER
         full = len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
-        self._positions.moved(lead, events, since, full)
-        self._refused_before = lead.refused
+        self._positions.moved(lead, events, since, events[-1].priority if full else pause.floor)
+        self._refused_before, self._paused_before = lead.refused, pause.lanes
         return events
 
     def forget_positions(self) -> None:
@@ -508,12 +518,13 @@ class Store:
         # A service that pulls `outbox.metadata` into its own history creates the table without its row.
         connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
 
-    def _sql(self, query: LiteralString, free: bool = False) -> sql.Composed:
-        """Name the tables, and say what is due, in a statement; `free`: see FREE."""
-        if (query, free) not in self._statements:
+    def _sql(self, query: LiteralString, free: bool = False, paused: bool = False) -> sql.Composed:
+        """Name the tables, and say what is due, in a statement; `free`: see FREE, `paused`: see FLOWING."""
+        if (query, free, paused) not in self._statements:
             names = {name: sql.Identifier(self._schema, table) for name, table in TABLES.items()}
             due = sql.SQL(DUE) + (sql.SQL(FREE).format(**names) if free else sql.SQL(""))
-            self._statements[query, free] = sql.SQL(query).format(
+            due += sql.SQL(FLOWING if paused else "")
+            self._statements[query, free, paused] = sql.SQL(query).format(
                 **names,
                 due=due,
                 columns=sql.SQL(COLUMNS),
@@ -521,11 +532,13 @@ class Store:
                 idle_ms=sql.Literal(self._idle_ms),
                 statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
             )
-        return self._statements[query, free]
+        return self._statements[query, free, paused]
 
-    def _run(self, query: LiteralString, parameters: Any = None, free: bool = False) -> list[tuple[Any, ...]]:
+    def _run(
+        self, query: LiteralString, parameters: Any = None, free: bool = False, paused: bool = False
+    ) -> list[tuple[Any, ...]]:
         with self._translated():
-            cursor = self._connected().execute(self._sql(query, free), parameters)
+            cursor = self._connected().execute(self._sql(query, free, paused), parameters)
             return cursor.fetchall() if cursor.description else []
 
     def _dicts(self, query: LiteralString, parameters: Any = None) -> list[dict[str, Any]]:

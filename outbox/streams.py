@@ -375,6 +375,12 @@ class Streams:
         except redis.ResponseError:
             return None
 
+    def memory_used(self) -> float:
+        """Return the used share of maxmemory, from 0 to 1; 0 without a limit, or where we may not ask."""
+        info = self.server()
+        most = int(info.get("maxmemory", 0))
+        return int(info.get("used_memory", 0)) / most if most else 0.0
+
     def trim(self, lane: str, before_ms: int, *, dry: bool = False) -> Trimmed:
         """Drop what all groups of a lane have finished and is older than a time, a few thousand entries at once.
 
