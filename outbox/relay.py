@@ -73,9 +73,7 @@ class Relay:
             timeout_seconds=settings.takeover_seconds * 0.4,
         )
         self._trace = Trace(settings.trace)
-        self._in_doubt: Batch | None = (
-            None  # ask about its lanes, and where Redis stands, before the next claim
-        )
+        self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._listener: Listener | None = None
         self._listen_again = Every(30)
         self._check_redis = Every(30)
@@ -249,11 +247,12 @@ class Relay:
 
     def _recover(self, lead: Lead, answer: Answer) -> int:
         """Do what an answer asks for. The next step asks again, until Redis stands where PostgreSQL does."""
-        move = decide(lead.batch, answer, self._replay)
+        move, adopted = decide(lead.batch, answer, self._replay), {}
         if isinstance(move, Adopt):
-            return self._adopt(lead, move)
-        self._perform(lead, move)
-        self._commit(lead, {})
+            adopted = self._adopt(lead, move)
+        else:
+            self._perform(lead, move)
+        self._commit(lead, adopted, adopted=bool(adopted))
         if isinstance(move, Bury):
             self._streams.forget_refusals(lead.outbox_id, move.note)
         return 1
@@ -272,8 +271,8 @@ class Relay:
                     "to replay"
                 )
 
-    def _adopt(self, lead: Lead, move: Adopt) -> int:
-        """Take for published what Redis has, and PostgreSQL has not committed."""
+    def _adopt(self, lead: Lead, move: Adopt) -> dict[int, str]:
+        """Take for published what Redis has, and PostgreSQL has not committed; return it by batch."""
         adopted, events, missing = {}, 0, 0
         for number, marks in sorted(move.batches.items()):
             found = self._store.adopt(marks)
@@ -282,19 +281,18 @@ class Relay:
             adopted[number] = batch.ids
             events += len(found)
             missing += len(marks) - len(found)
-        self._commit(lead, adopted, adopted=True)
         log.warning(
-            "adopted %d events of batches %d to %d: they were published, but not committed",
+            "adopting %d events of batches %d to %d: they were published, but not committed",
             events, lead.batch + 1, max(adopted), extra={"action": "batch_adopted"},
         )  # fmt: skip
-        if missing or len(adopted) > 1 or move.unknown:
+        if missing or move.unknown or len(adopted) > 1:
             log.error(
-                "PostgreSQL has lost commits: Redis stood at batch %d, PostgreSQL at %d. %d published events "
-                "are not in PostgreSQL: nobody can say whether their transactions are. Of %d batches it is not "
-                "known any more what is in them: events of theirs that still wait will be published again",
+                "PostgreSQL has lost commits: Redis stands at batch %d, PostgreSQL stood at %d. In the streams "
+                "are %d events that PostgreSQL does not have: their transactions may be lost. Of %d batches "
+                "Redis does not remember what is in them: what still waits of them is published again",
                 max(adopted), lead.batch, missing, move.unknown, extra={"action": "commits_lost"},
             )  # fmt: skip
-        return events or 1
+        return adopted
 
     def _send_again(self, lead: Lead, known: int) -> None:
         """Send again what Redis has forgotten: the journal's batches after the last that it knows."""
