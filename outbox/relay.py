@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from outbox.errors import DatabaseUnavailable, OutboxError, RedisUnavailable, Unavailable, Unsuitable
 from outbox.event import Waiting
 from outbox.housekeeper import Housekeeper
-from outbox.lanes import BEYOND
+from outbox.lanes import BEYOND, Pause
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.protocol import (
     Added,
@@ -77,11 +77,9 @@ class Relay:
             timeout_seconds=settings.takeover_seconds * 0.4,
         )
         self._trace = Trace(settings.trace)
-        self._in_doubt: Batch | None = (
-            None  # ask about its lanes, and where Redis stands, before the next claim
-        )
+        self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._housekeeper = Housekeeper(settings, self.stop)
-        self._paused_again = 0.0  # when to look behind what waits, by the monotonic clock
+        self._behind_again = 0.0  # when to look behind what waits, by the monotonic clock
         self._listener: Listener | None = None
         self._listen_again = Every(30)
         self._check_redis = Every(30)
@@ -198,19 +196,20 @@ class Relay:
 
     def _claim(self, lead: Lead) -> list[Waiting]:
         """Claim a batch, of what need not wait until Redis has room again."""
-        settings, pause = self._settings, self._housekeeper.pause
-        events: list[Waiting] = []
-        if (
-            pause.lanes
-        ):  # those that wait must be passed one by one, which is not for each primary event to wait for
-            above = pause._replace(floor=max(pause.floor, settings.threshold))
-            events = self._store.claim(lead, settings.batch_size, settings.batch_bytes, above)
-        if not events and time.monotonic() >= self._paused_again:
-            started = time.monotonic()
-            events = self._store.claim(lead, settings.batch_size, settings.batch_bytes, pause)
-            now = time.monotonic()
-            self._paused_again = now + 10 * (now - started) if pause.lanes else 0.0
+        pause = self._housekeeper.pause
+        if not pause.lanes:
+            return self._claim_but(lead, pause)
+        # What waits must be passed row by row. No primary event should wait for that, so it has a tenth of the time.
+        started = time.monotonic()
+        above = pause._replace(floor=max(pause.floor, self._settings.threshold))
+        events = self._claim_but(lead, above)
+        if not events and started >= self._behind_again:
+            events = self._claim_but(lead, pause)
+            self._behind_again = time.monotonic() + 9 * (time.monotonic() - started)
         return events
+
+    def _claim_but(self, lead: Lead, pause: Pause) -> list[Waiting]:
+        return self._store.claim(lead, self._settings.batch_size, self._settings.batch_bytes, pause)
 
     def _lead(self) -> Lead | None:
         """Begin a step as the leader, or end it: another leads."""
@@ -272,11 +271,12 @@ class Relay:
 
     def _recover(self, lead: Lead, answer: Answer) -> int:
         """Do what an answer asks for. The next step asks again, until Redis stands where PostgreSQL does."""
-        move = decide(lead.batch, answer, self._replay)
+        move, adopted = decide(lead.batch, answer, self._replay), {}
         if isinstance(move, Adopt):
-            return self._adopt(lead, move)
-        self._perform(lead, move)
-        self._commit(lead, {})
+            adopted = self._adopt(lead, move)
+        else:
+            self._perform(lead, move)
+        self._commit(lead, adopted, adopted=bool(adopted))
         if isinstance(move, Bury):
             self._streams.forget_refusals(lead.outbox_id, move.note)
         return 1
@@ -295,8 +295,8 @@ class Relay:
                     "to replay"
                 )
 
-    def _adopt(self, lead: Lead, move: Adopt) -> int:
-        """Take for published what Redis has, and PostgreSQL has not committed."""
+    def _adopt(self, lead: Lead, move: Adopt) -> dict[int, str]:
+        """Take for published what Redis has, and PostgreSQL has not committed; return it by batch."""
         adopted, events, missing = {}, 0, 0
         for number, marks in sorted(move.batches.items()):
             found = self._store.adopt(marks)
@@ -305,19 +305,18 @@ class Relay:
             adopted[number] = batch.ids
             events += len(found)
             missing += len(marks) - len(found)
-        self._commit(lead, adopted, adopted=True)
         log.warning(
-            "adopted %d events of batches %d to %d: they were published, but not committed",
+            "adopting %d events of batches %d to %d: they were published, but not committed",
             events, lead.batch + 1, max(adopted), extra={"action": "batch_adopted"},
         )  # fmt: skip
-        if missing or len(adopted) > 1 or move.unknown:
+        if missing or move.unknown or len(adopted) > 1:
             log.error(
-                "PostgreSQL has lost commits: Redis stood at batch %d, PostgreSQL at %d. %d published events "
-                "are not in PostgreSQL: nobody can say whether their transactions are. Of %d batches it is not "
-                "known any more what is in them: events of theirs that still wait will be published again",
+                "PostgreSQL has lost commits: Redis stands at batch %d, PostgreSQL stood at %d. In the streams "
+                "are %d events that PostgreSQL does not have: their transactions may be lost. Of %d batches "
+                "Redis does not remember what is in them: what still waits of them is published again",
                 max(adopted), lead.batch, missing, move.unknown, extra={"action": "commits_lost"},
             )  # fmt: skip
-        return events or 1
+        return adopted
 
     def _send_again(self, lead: Lead, known: int) -> None:
         """Send again what Redis has forgotten: the journal's batches after the last that it knows."""

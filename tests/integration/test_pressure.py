@@ -56,9 +56,9 @@ def relay_under_pressure(box, **settings):
 
 def settle(relay):
     """Take steps until there is nothing left that need not wait."""
-    relay._paused_again = 0.0
+    relay._behind_again = 0.0
     while relay.run_once():
-        relay._paused_again = 0.0
+        relay._behind_again = 0.0
 
 
 def test_what_a_full_lane_would_get_waits_and_the_rest_goes_on(box):

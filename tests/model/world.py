@@ -5,7 +5,7 @@ action of the model is one statement of the step, and between any two actions an
 
     the service commits an event            a relay crashes, or is frozen until PostgreSQL has ended its transaction
     Redis refuses an event, and takes it    Redis persists what it has, or forgets what it has not persisted
-    the journal is purged
+    the journal is purged                   PostgreSQL fails over to a standby that lacks its last commits
 
 `Rules` are the protocol's; each can be broken, to see that the search finds what follows.
 """
@@ -45,6 +45,7 @@ class Rules(NamedTuple):
         True  # a relay recovers by what Redis says while it holds the lock, not by what it said before
     )
     same_connection: bool = True  # a step publishes on a connection that it had when it knew that it leads
+    remember_batches: bool = True  # Redis knows what is in its last batches, not in the very last alone
     note_refusals: bool = True  # Redis remembers what it refused of a journal batch until it is a dead letter
 
 
@@ -90,6 +91,16 @@ class Relay(NamedTuple):
         return Relay(link=self.link)
 
 
+class Tables(NamedTuple):
+    """What PostgreSQL has committed."""
+
+    written: int
+    rows: tuple[tuple[int, int], ...]
+    batch: int
+    journal: tuple[tuple[int, tuple[int, ...]], ...]
+    dead: tuple[int, ...]
+
+
 class World(NamedTuple):
     """Everything."""
 
@@ -98,6 +109,7 @@ class World(NamedTuple):
     losses: int = 1
     freezes: int = 1
     spoils: int = 1
+    failovers: int = 0
     written: int = 0  # events that the service has committed
     bad: int = NOBODY  # the event that Redis refuses
     rows: tuple[tuple[int, int], ...] = ()  # the table outbox: id and attempts
@@ -106,6 +118,8 @@ class World(NamedTuple):
     dead: tuple[int, ...] = ()
     redis: Redis = Redis()
     past: tuple[Redis, ...] = ()  # what Redis would come back with if it crashed
+    standby: tuple[Tables, ...] = ()  # what PostgreSQL would come back with if it failed over
+    gone: tuple[int, ...] = ()  # events that PostgreSQL has lost with their transactions
     relays: tuple[Relay, Relay] = (Relay(), Relay())
 
 
@@ -126,6 +140,8 @@ def ask(redis: Redis, known: int, number: int, events: Sequence[Event], bad: int
         return redis, Refused(*redis.refused, note=b"")
     if rules.compare_and_set and redis.batch > known:
         kept = Map({n: ids for n, ids in redis.ids if n > known})
+        if not rules.remember_batches:
+            kept = Map({redis.batch: kept[redis.batch]})
         return redis, Ahead(redis.batch, kept)
     if rules.compare_and_set and redis.batch < known:
         return redis, Behind(redis.batch)
@@ -184,14 +200,29 @@ def _locked(world: World, me: int) -> set[int]:
 
 
 def _committed(world: World, change: Change) -> World:
-    gone = {*change.deleted}
-    rows = [row for row in world.rows if row[0] not in gone] + [*change.back]
-    return world._replace(
+    deleted = {*change.deleted}
+    rows = [row for row in world.rows if row[0] not in deleted] + [*change.back]
+    return _kept(world)._replace(
         rows=tuple(sorted(rows)),
         batch=max([world.batch, *(number for number, _ in change.batches)]),
         journal=(*world.journal, *change.batches),
         dead=tuple(sorted({*world.dead, *change.dead})),
     )
+
+
+def _kept(world: World) -> World:
+    """Return the world whose standby may stay where PostgreSQL is before its next commit."""
+    if not world.failovers:
+        return world
+    tables = Tables(*(getattr(world, name) for name in Tables._fields))
+    return world._replace(standby=(*world.standby, tables))
+
+
+def _failed_over(world: World, standby: Tables) -> World:
+    relays = tuple(relay._replace(tx=False) for relay in world.relays)
+    lost = (*range(standby.written, world.written),)
+    back = world._replace(**standby._asdict() | {"written": world.written})
+    return back._replace(failovers=world.failovers - 1, standby=(), gone=lost, relays=relays)
 
 
 # -- a step of a relay, statement by statement ----------------------------------------------------------------
@@ -384,7 +415,7 @@ def steps(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
         event = world.written
         rows = (*world.rows, (event, 0))
         text = f"the service commits {_name(event)}"
-        yield NOBODY, text, world._replace(written=event + 1, rows=rows)
+        yield NOBODY, text, _kept(world)._replace(written=event + 1, rows=rows)
     if world.bad != NOBODY:
         yield NOBODY, f"Redis can take {_name(world.bad)} again", world._replace(bad=NOBODY)
     if world.journal and world.journal[0][0] <= _safe(world, rules):
@@ -417,6 +448,9 @@ def faults(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
             relays = tuple(relay._replace(link=False) for relay in world.relays)
             forgotten = world._replace(redis=state, past=(), losses=world.losses - 1, relays=relays)
             yield NOBODY, text, forgotten
+    for standby in {*world.standby}:
+        text = f"PostgreSQL fails over, and is back at batch {standby.batch}"
+        yield NOBODY, text, _failed_over(world, standby)
     for me, relay in enumerate(world.relays):
         if relay.at != "idle" and world.crashes:
             yield me, "crashes", _with(world._replace(crashes=world.crashes - 1), me, Relay())
@@ -442,7 +476,7 @@ def check(world: World) -> None:
                 raise Broken(f"{_name(id)} comes after a later event of its key and priority")
     noted = _noted(world)
     journal = {id for number, ids in world.journal if number > redis.batch for id in ids}
-    settled = {*seen, *world.dead}
+    settled = {*seen, *world.dead, *world.gone}
     waiting = {id for id, _ in world.rows} | journal | noted
     for id in range(world.written):
         if id not in settled and id not in waiting:
@@ -453,7 +487,7 @@ def check(world: World) -> None:
             raise Broken(
                 f"batch {number} is {_names(told[number])} in Redis, and {_names(ids)} in PostgreSQL"
             )
-        if number in told and {*told[number]} - {*ids}:
+        if number in told and {*told[number]} - {*ids} - {*world.gone}:
             raise Broken(
                 f"batch {number} is {_names(told[number])} in Redis, and {_names(ids)} in PostgreSQL"
             )
@@ -470,7 +504,7 @@ def _noted(world: World) -> set[int]:
 
 def is_settled(world: World) -> bool:
     """Return whether every event is in a stream or a dead letter, and nobody has anything in hand."""
-    settled = {id for lane in world.redis.lanes for id in lane} | {*world.dead}
+    settled = {id for lane in world.redis.lanes for id in lane} | {*world.dead} | {*world.gone}
     idle = all(relay.at == "idle" for relay in world.relays)
     return idle and not world.rows and len(settled) == len(world.events)
 
