@@ -84,7 +84,8 @@ class Commands(click.Group):
             ctx.exit(128 + signal.SIGPIPE)
         except (Exception, KeyboardInterrupt) as error:
             if ctx.meta.get(DEBUG):
-                click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+                shown = (error.__cause__ if isinstance(error, Failed) else None) or error
+                click.echo(redact("".join(traceback.format_exception(shown))), err=True, nl=False)
             failed = failure(error)
             click.echo(f"Error: {redact(failed.message)}", err=True)
             ctx.exit(failed.exit_code)
