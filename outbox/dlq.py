@@ -66,9 +66,9 @@ class DeadLetter(NamedTuple):
     fields: dict[bytes, bytes]
 
     def text(self, name: str) -> str | None:
-        """Return a field as text that can be shown, whatever its bytes are."""
+        """Return a field; None where there is none."""
         value = self.fields.get(name.encode())
-        return None if value is None else value.decode(errors="backslashreplace")
+        return None if value is None else readable(value)
 
 
 class DeadLetters(Connection):
@@ -111,7 +111,7 @@ class DeadLetters(Connection):
             while newest:
                 arguments = (first, newest[0][0], PAGE, self._group or b"", *(event_ids or ()))
                 seen, *done = finish(self._script(script, keys, *arguments))
-                yield from (event_id.decode(errors="backslashreplace") for event_id in done)
+                yield from map(readable, done)
                 if not seen:
                     break
                 first = f"({seen.decode()}"
@@ -135,6 +135,11 @@ class DeadLetters(Connection):
             keys.update(found)
             if cursor == b"0":
                 return sorted(key.decode().removesuffix(DEAD) for key in keys if key.isascii())
+
+
+def readable(value: bytes) -> str:
+    """Return bytes as text, whatever they are: anybody may have written them."""
+    return value.decode(errors="backslashreplace")
 
 
 def _place(entry: bytes) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from outbox.command import CONNECTION, Failed, failure, need_database, open_store, with_settings
-from outbox.dlq import DeadLetter, DeadLetters
+from outbox.dlq import DeadLetter, DeadLetters, readable
 from outbox.errors import RedisUnavailable
 from outbox.event import ENVELOPE
 from outbox.lanes import STREAM_NAME, Lanes
@@ -153,9 +153,9 @@ def _with_dead_letters(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(config: Settings, streams: tuple[str, ...], group: str | None, **given: Any) -> None:
         backfill = Lanes(suffix=config.backfill_suffix)
-        lanes = [lane for stream in streams for lane in (stream, backfill.lane(stream, -1))]
+        lanes = {lane: None for stream in streams for lane in (stream, backfill.lane(stream, -1))}
         chosen = (f" of {', '.join(streams)}" if streams else "") + (f" of group {group}" if group else "")
-        with DeadLetters(config.redis_url, lanes or None, group) as letters:
+        with DeadLetters(config.redis_url, list(lanes) or None, group) as letters:
             function(letters, chosen, **given)
 
     return command
@@ -264,7 +264,7 @@ def dlq_drop(
 
 
 def _table(rows: list[dict[str, Any]]) -> Report:
-    """Return a table of dead letters; on a narrow terminal, where columns would be of a few letters, a sentence each."""
+    """Return a table; on a terminal too narrow for so many columns, a sentence for each dead letter."""
     title = "Dead letters of consumers"
     if sys.stdout.isatty() and Console().width < WIDE:
         return Report(
@@ -305,11 +305,11 @@ def _number(text: str | None) -> int | None:
         return None
 
 
-def _headers(letter: DeadLetter) -> dict[str, str | None]:
+def _headers(letter: DeadLetter) -> dict[str, str]:
     """Return what is no attribute of the event itself: tracing, and the service's own."""
-    names = [name.decode(errors="backslashreplace") for name in letter.fields]
+    fields = {readable(name): readable(value) for name, value in letter.fields.items()}
     kept = ENVELOPE - {"correlationid", "causationid"}
-    return {name: letter.text(name) for name in names if name not in kept and not name.startswith("dlq:")}
+    return {name: value for name, value in fields.items() if name not in kept and not name.startswith("dlq:")}
 
 
 def _as_json(payload: str | None) -> str:
