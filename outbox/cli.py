@@ -2,13 +2,13 @@
 
 | exit code | what it means |
 |---|---|
-| 0 | done; `run` and `status --watch` also after a first SIGTERM or Ctrl-C |
+| 0 | done; `run`, `consume` and `status --watch` also after a first SIGTERM or Ctrl-C |
 | 1 | anything else: an unknown event id, a bug; `--debug` shows the traceback |
 | 2 | a setting or an argument is wrong; the message names it |
 | 3 | a server cannot be reached, or cannot do its work (`run` goes on trying, but for `--once`) |
 | 4 | the tables are missing or older than this package: `outbox-relay migrate` makes them |
 | 5 | a server must not be used: a read-only PostgreSQL, a Redis that evicts streams |
-| 128+n | signal n ended it: the second one of `run`, the first one of the others |
+| 128+n | signal n ended it: the second one of `run` and `consume`, the first one of the others |
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ log = logging.getLogger("outbox.cli")
 WATCH_SECONDS = 2.0
 EPILOG = """\b
 Exit codes:
-  0      done; after a first SIGTERM or Ctrl-C of `run`, too
+  0      done; after a first SIGTERM or Ctrl-C of run or consume, too
   1      anything else; --debug shows the traceback
   2      a setting or an argument is wrong; the message names it
   3      a server cannot be reached, or cannot do its work
   4      tables are missing: outbox-relay migrate
   5      a server must not be used: read-only, or a Redis that evicts streams
-  128+n  signal n ended it: the second one of `run`, the first one elsewhere
+  128+n  signal n ended it: the second of run or consume, the first elsewhere
 
 Every setting is also an OUTBOX_ variable (OUTBOX_DATABASE_URL) and a key of the TOML file
 that --config or OUTBOX_CONFIG names. Flags come before variables, variables before the file.

@@ -132,7 +132,7 @@ def dead_drop(config: Settings, event_ids: tuple[UUID, ...], everything: bool, y
 # -- of consumers, in Redis --------------------------------------------------------------------------------
 
 COLUMNS = ("event_id", "lane", "group", "type", "key", "deliveries", "error", "died_at")
-WIDE = 140  # characters, from which on the columns have room
+WIDE = 170  # characters, from which on the columns have room
 
 
 def _name(ctx: click.Context, option: click.Parameter, given: Any) -> Any:

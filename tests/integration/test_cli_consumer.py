@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from sqlalchemy import make_url
 
 from outbox import Consumer, cli
-from outbox.dlq import PAGE
+from outbox.dlq import PAGE, DeadLetters
 from tests.integration.box import Box
 from tests.integration.test_cli import NOWHERE, PATIENCE_SECONDS, eventually, on_terminal, read_until
 
@@ -409,17 +409,42 @@ def test_a_replay_goes_through_all_pages_in_order(invoke: Invoke, redis: Any) ->
     assert redis.xlen(f"{STREAM}:dlq") == 0
 
 
-def test_a_replay_that_is_killed_repeats_nothing(start: Start, invoke: Invoke, redis: Any) -> None:
+NAIVE = """
+import os, redis
+client = redis.Redis.from_url(os.environ["OUTBOX_REDIS_URL"])
+for entry, fields in client.xrange("customer:dlq"):
+    client.xadd("customer", fields)
+client.delete("customer:dlq")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "repeats"), [(["-m", "outbox", "dlq", "replay", "--all"], False), (["-c", NAIVE], True)]
+)
+def test_a_replay_that_is_killed_repeats_nothing_and_a_naive_one_does(
+    variables: dict[str, str], redis: Any, command: list[str], repeats: bool
+) -> None:
     count = 200 * PAGE
     ids = bury(redis, STREAM, count)
-    process = start("dlq", "replay", "--all")
-    eventually(lambda: redis.xlen(STREAM))
-    process.kill()
-    process.wait()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
+    with subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE) as process:
+        eventually(lambda: redis.xlen(STREAM))
+        process.kill()
     assert 0 < redis.xlen(STREAM) < count
-    eventually(lambda: redis.xlen(STREAM) + redis.xlen(f"{STREAM}:dlq") == count)
-    assert invoke("dlq", "replay", "--all").exit_code == 0
-    assert ids_in(redis, STREAM) == ids
+    subprocess.run([sys.executable, *command], env=env, stdout=subprocess.PIPE, check=True)
+    assert redis.xlen(f"{STREAM}:dlq") == 0
+    arrived = ids_in(redis, STREAM)
+    assert (arrived != ids) == (len(arrived) > count) == repeats
+
+
+def test_what_fails_again_meanwhile_is_left_for_the_next_replay(redis: Any, redis_url: str) -> None:
+    ids = bury(redis, STREAM, 3 * PAGE)
+    with DeadLetters(redis_url) as letters:
+        replayed = letters.replay(None)
+        first = next(replayed)
+        give_up(redis_url)
+        assert [first, *replayed] == ids
+    assert ids_in(redis, f"{STREAM}:dlq") == ids[:PAGE]
 
 
 def test_a_dead_letter_whose_entry_was_too_large_to_keep_is_left(invoke: Invoke, redis: Any) -> None:
