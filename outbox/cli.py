@@ -2,188 +2,75 @@
 
 | exit code | what it means |
 |---|---|
-| 0 | done; `run` and `status --watch` also after a first SIGTERM or Ctrl-C |
+| 0 | done; `run`, `consume` and `status --watch` also after a first SIGTERM or Ctrl-C |
 | 1 | anything else: an unknown event id, a bug; `--debug` shows the traceback |
 | 2 | a setting or an argument is wrong; the message names it |
 | 3 | a server cannot be reached, or cannot do its work (`run` goes on trying, but for `--once`) |
 | 4 | the tables are missing or older than this package: `outbox-relay migrate` makes them |
 | 5 | a server must not be used: a read-only PostgreSQL, a Redis that evicts streams |
-| 128+n | signal n ended it: the second one of `run`, the first one of the others |
+| 128+n | signal n ended it: the second one of `run` and `consume`, the first one of the others |
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import io
 import logging
 import os
-import signal
 import sys
 import time
-import traceback
-import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
-from uuid import UUID
 
 import click
 from rich.console import Console
 from rich.live import Live
 
-from outbox import settings
+from outbox import letters, settings
+from outbox.command import (
+    CONNECTION,
+    DEBUG,
+    Commands,
+    Failed,
+    failure,
+    need_database,
+    open_store,
+    with_settings,
+)
+from outbox.consume import consume
 from outbox.errors import (
     DatabaseUnavailable,
-    InvalidSetting,
-    NotMigrated,
     OutboxError,
     RedisUnavailable,
     Unavailable,
     Unsuitable,
     first_line,
 )
+from outbox.groups import DEAD
 from outbox.loop import Backoff, Stop, stop_on_signals
 from outbox.relay import Relay
 from outbox.report import Columns, Report, counted, printable, progress, shown, start_logging, to_json
 from outbox.settings import Settings, redact, safe_url
-from outbox.store import APPLICATION, Store
+from outbox.store import APPLICATION
 from outbox.streams import Streams
 
 log = logging.getLogger("outbox.cli")
 
-CONNECTION = ("database_url", "redis_url", "schema", "redis_prefix")
 WATCH_SECONDS = 2.0
-DEBUG = "outbox.debug"  # in click's meta: whether tracebacks are wanted
 EPILOG = """\b
 Exit codes:
-  0      done; after a first SIGTERM or Ctrl-C of `run`, too
+  0      done; after a first SIGTERM or Ctrl-C of run or consume, too
   1      anything else; --debug shows the traceback
   2      a setting or an argument is wrong; the message names it
   3      a server cannot be reached, or cannot do its work
   4      tables are missing: outbox-relay migrate
   5      a server must not be used: read-only, or a Redis that evicts streams
-  128+n  signal n ended it: the second one of `run`, the first one elsewhere
+  128+n  signal n ended it: the second of run or consume, the first elsewhere
 
 Every setting is also an OUTBOX_ variable (OUTBOX_DATABASE_URL) and a key of the TOML file
 that --config or OUTBOX_CONFIG names. Flags come before variables, variables before the file.
 """
-
-# -- errors and exit codes -------------------------------------------------------------------------
-
-
-class Failed(Exception):
-    """Raised to end the command with one sentence and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.message, self.exit_code = message, exit_code
-
-
-EXITS: tuple[tuple[type[OutboxError], int, str], ...] = (  # the first that fits
-    (InvalidSetting, 2, ""),
-    (NotMigrated, 4, ""),
-    (Unsuitable, 5, ""),
-    (DatabaseUnavailable, 3, "Check that PostgreSQL is up and OUTBOX_DATABASE_URL is right."),
-    (RedisUnavailable, 3, "Check that Redis is up and OUTBOX_REDIS_URL is right."),
-    (Unavailable, 3, ""),
-)
-
-
-def failure(error: BaseException) -> Failed:
-    """Return what the user sees of an error."""
-    if isinstance(error, Failed):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Failed("interrupted", 128 + signal.SIGINT)
-    for kind, exit_code, advice in EXITS:
-        if isinstance(error, kind):
-            return Failed(f"{str(error).rstrip('.')}. {advice}".strip(), exit_code)
-    if isinstance(error, OutboxError):
-        return Failed(str(error), 1)
-    return Failed(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)
-
-
-class Commands(click.Group):
-    """The commands, whose errors become one sentence and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-        except click.UsageError as error:
-            raise click.UsageError(redact(error.format_message()), error.ctx) from None
-        except (click.Abort, click.exceptions.Exit):
-            raise
-        except BrokenPipeError:
-            # What is still buffered has no reader: Python would complain of it when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(128 + signal.SIGPIPE)
-        except (Exception, KeyboardInterrupt) as error:
-            if ctx.meta.get(DEBUG):
-                click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
-            failed = failure(error)
-            click.echo(f"Error: {redact(failed.message)}", err=True)
-            ctx.exit(failed.exit_code)
-
-
-# -- settings as options ---------------------------------------------------------------------------
-
-
-def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command options for these settings, `--config` and `--debug`; it gets the Settings."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def command(config: str | None, **given: Any) -> Any:
-            flags = {name: given.pop(name) for name in names}
-            return function(settings.load(flags, config=config), **given)
-
-        wrapped: Callable[..., Any] = command
-        wrapped = _config_option(_debug_option(wrapped))
-        for name in reversed(names):
-            wrapped = _option(name)(wrapped)
-        return wrapped
-
-    return decorate
-
-
-def _option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    field, kind = settings.FIELDS[name], settings.TYPES[name]
-    choices = typing.get_args(kind)
-    default = "required" if field.default == "" else f"default: {field.default}"
-    metavar = {"url": "URL", "seconds": "SECONDS"}.get(name.rpartition("_")[2])
-    return click.option(
-        "--" + name.replace("_", "-"),
-        name,
-        type=click.Choice(choices) if choices else kind,
-        metavar=metavar or (None if choices else {int: "N", float: "NUMBER", str: "TEXT"}[kind]),
-        help=f"{field.metadata['doc']}  [{default}]",
-    )
-
-
-def _debug(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    ctx.meta[DEBUG] = wanted
-
-
-_debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, callback=_debug, help="show tracebacks"
-)
-_config_option = click.option("--config", metavar="FILE", help="TOML file with settings")
-
-
-def _open_store(config: Settings) -> closing[Store]:
-    _need_database(config)
-    return closing(Store(config.database_url, schema=config.schema))
-
-
-def _need_database(config: Settings) -> None:
-    if not config.database_url:
-        raise InvalidSetting(
-            "OUTBOX_DATABASE_URL is not set; an example: postgresql://user@127.0.0.1:5432/name"
-        )
-
 
 # -- the commands ----------------------------------------------------------------------------------
 
@@ -239,7 +126,7 @@ def run(config: Settings, once: bool, timeout: float | None) -> None:
     """
     if timeout is not None and not once:
         raise click.UsageError("--timeout needs --once: without it, run never gives up.")
-    _need_database(config)
+    need_database(config)
     start_logging(config.log_level, config.log_format)
     relay = Relay(config)
     with stop_on_signals(relay.stop), closing(relay):
@@ -301,7 +188,7 @@ def _run_once(relay: Relay, config: Settings, timeout: float) -> None:
 
 def _left(config: Settings) -> str:
     try:
-        with _open_store(config) as store:
+        with open_store(config) as store:
             left = sum(row["pending"] for row in store.pending())
     except OutboxError:
         return "how many events still wait is not known"
@@ -329,7 +216,7 @@ def migrate_command(config: Settings, sql: bool) -> None:
     if sql:
         migrate.upgrade("", schema=config.schema, sql_to=sys.stdout)
         return
-    _need_database(config)
+    need_database(config)
     if click.get_current_context().meta.get(DEBUG):
         start_logging(config.log_level, config.log_format)
         logging.getLogger("alembic").setLevel(logging.INFO)
@@ -361,7 +248,7 @@ def prune(config: Settings) -> None:
       outbox-relay prune
     """
     purged = 0
-    with _open_store(config) as store, progress(lambda: f"{counted(purged, 'batch')} purged ..."):
+    with open_store(config) as store, progress(lambda: f"{counted(purged, 'batch')} purged ..."):
         while some := store.purge(config.journal_retention_seconds):
             purged += some
     age = f"{config.journal_retention_seconds:g} s"
@@ -398,7 +285,7 @@ def demo() -> None:
 @click.option("--watch", is_flag=True, help="show it again every 2 s, until Ctrl-C")
 @with_settings(*CONNECTION, "lanes", "threshold", "backfill_suffix")
 def status(config: Settings, as_json: bool, watch: bool) -> None:
-    """Show what waits, what was lost, and who leads.
+    """Show what waits, what was lost, who leads and who reads.
 
     Reads the pending events once, which takes about 0.3 s for a million of them. Without Redis
     it shows PostgreSQL's half and exits with 3.
@@ -409,8 +296,14 @@ def status(config: Settings, as_json: bool, watch: bool) -> None:
       oldest_seconds                      age of the oldest that is due, or null
       priorities                          [{priority, lane, pending, scheduled,
                                             retrying, oldest_seconds}]
-      lanes                               {name: {entries, pending}}; entries is
-                                          null where Redis has another type
+      lanes                               {name: {entries, pending, dead_letters,
+                                            groups}}; pending is in PostgreSQL,
+                                          the rest in Redis: null where unknown
+      ... groups                          [{name, consumers, lag, pending,
+                                            oldest_seconds}]; lag was not given
+                                          to a consumer yet, pending was and is
+                                          not finished; oldest is of both; []
+                                          where no group reads the lane
       batch, leader, led_at, asleep       the last batch, and who published it
       streams_lost, batches_lost          what Redis has lost until now
       journal                             {batches, bytes, oldest_seconds}
@@ -464,12 +357,12 @@ def _look(config: Settings, as_json: bool, live: Live | None) -> None:
 
 def read_status(config: Settings) -> dict[str, Any]:
     """Return what `status --json` prints; without Redis, its half is null and `error` says why."""
-    with _open_store(config) as store:
+    with open_store(config) as store:
         leader, waiting = store.status(), store.pending()
     rule = config.lane_rule()
     for row in waiting:
         row["lane"] = rule.lane(row.pop("stream"), row["priority"])
-    redis, entries = _read_redis(config, leader["outbox_id"], {row["lane"] for row in waiting})
+    redis, lanes = _read_redis(config, leader["outbox_id"], {row["lane"] for row in waiting})
     return {
         **{name: sum(row[name] for row in waiting) for name in ("pending", "scheduled", "retrying")},
         "dead": leader["dead"],
@@ -477,10 +370,13 @@ def read_status(config: Settings) -> dict[str, Any]:
         "priorities": waiting,
         "lanes": {
             lane: {
-                "entries": entries.get(lane),
+                "entries": None,
                 "pending": sum(row["pending"] for row in waiting if row["lane"] == lane),
+                "dead_letters": None,
+                "groups": None,
             }
-            for lane in sorted({*entries, *(row["lane"] for row in waiting)})
+            | lanes.get(lane, {})
+            for lane in sorted({*lanes, *(row["lane"] for row in waiting)})
         },
         **{name: leader[name] for name in LEADER},
         "journal": {
@@ -497,16 +393,25 @@ LEADER = ("batch", "leader", "led_at", "asleep", "streams_lost", "batches_lost")
 
 def _read_redis(
     config: Settings, outbox_id: str, lanes: Iterable[str]
-) -> tuple[dict[str, Any], dict[str, int | None]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return what Redis says of itself and of the lanes, those included that it alone knows."""
     with closing(Streams(config.redis_url, prefix=config.redis_prefix)) as streams:
         try:
             batch, known = streams.state(outbox_id)
-            entries = streams.lengths(sorted({*lanes, *known}))
+            found = {lane: _read_lane(streams, lane) for lane in sorted({*lanes, *known})}
             version = _version_of(streams.server())
-            return {"version": version, "batch": batch, "error": None}, entries
+            return {"version": version, "batch": batch, "error": None}, found
         except RedisUnavailable as error:
             return {"version": None, "batch": None, "error": redact(str(error))}, {}
+
+
+def _read_lane(streams: Streams, lane: str) -> dict[str, Any]:
+    lengths = streams.lengths([lane, lane + DEAD])
+    return {
+        "entries": lengths[lane],
+        "dead_letters": lengths[lane + DEAD],
+        "groups": streams.groups(lane),
+    }
 
 
 def _version_of(info: dict[str, Any]) -> str | None:
@@ -542,10 +447,29 @@ def status_report(state: dict[str, Any]) -> Report:
     )  # fmt: skip
     lanes = Columns(
         "Lanes in Redis",
-        ("lane", "entries", "pending"),
-        [(name, lane["entries"], lane["pending"]) for name, lane in state["lanes"].items()],
+        ("lane", "entries", "pending", "dead_letters", "read_by"),
+        [
+            (name, lane["entries"], lane["pending"], lane["dead_letters"], _readers(lane))
+            for name, lane in state["lanes"].items()
+        ],
     )
-    return Report(facts, [table for table in (waiting, lanes) if table.rows])
+    groups = Columns(
+        "Consumer groups",
+        ("lane", "group", "consumers", "lag", "pending", "oldest"),
+        [
+            (name, *(group[key] for key in ("name", "consumers", "lag", "pending")),
+             _age(group["oldest_seconds"]))
+            for name, lane in state["lanes"].items()
+            for group in lane["groups"] or ()
+        ],
+    )  # fmt: skip
+    return Report(facts, [table for table in (waiting, lanes, groups) if table.rows])
+
+
+def _readers(lane: dict[str, Any]) -> str | None:
+    if lane["groups"]:
+        return ", ".join(group["name"] for group in lane["groups"])
+    return "no group reads it" if lane["groups"] == [] and lane["entries"] else None
 
 
 def _age(seconds: float | None) -> str:
@@ -557,137 +481,9 @@ def _age(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{hours} h" if hours < 48 else f"{hours // 24} d"
 
 
-# -- dead letters ----------------------------------------------------------------------------------
-
-EVENT_IDS = click.argument("event_ids", type=click.UUID, nargs=-1, metavar="[EVENT_ID]...")
-ALL = click.option("--all", "everything", is_flag=True, help="all dead letters")
-
-
-@cli.group()
-def dead() -> None:
-    """List, show, retry or drop what Redis refuses.
-
-    \b
-    Examples:
-      outbox-relay dead list
-      outbox-relay dead retry --all
-    """
-
-
-@dead.command("list")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N",
-              help="most to list; the newest come first")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="print JSON: a list of objects")
-@with_settings(*CONNECTION)
-def dead_list(config: Settings, limit: int, as_json: bool) -> None:
-    """List dead letters, the newest first, and why they died.
-
-    \b
-    Examples:
-      outbox-relay dead list --limit 20
-      outbox-relay dead list --json | jq -r '.[].event_id'
-    """
-    with _open_store(config) as store:
-        rows = store.dead_list(limit)
-    if as_json:
-        click.echo(to_json(rows))
-    elif rows:
-        names = ("event_id", "stream", "type", "key", "reason")
-        table = Columns("Dead letters", names, [[row[name] for name in names] for row in rows])
-        Report({}, [table]).show()
-    else:
-        click.echo("no dead letters")
-
-
-@dead.command("show")
-@click.argument("event_id", type=click.UUID)
-@click.option("--json", "as_json", is_flag=True, help="print JSON: an object")
-@with_settings(*CONNECTION)
-def dead_show(config: Settings, event_id: UUID, as_json: bool) -> None:
-    """Show a dead letter with its payload, headers and reason.
-
-    \b
-    Examples:
-      outbox-relay dead show 6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c
-      outbox-relay dead show --json 6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c
-    """
-    with _open_store(config) as store:
-        row = store.dead_show(event_id)
-    if row is None:
-        raise Failed(_no_such([event_id]), 1)
-    if not as_json:
-        Report({name: shown(value) for name, value in row.items()}).show()
-        return
-    # Spliced in as they were recorded: a parser would change the numbers.
-    payload, headers = row.pop("payload"), row.pop("headers") or "null"
-    fields = to_json(row).removesuffix("\n}")
-    click.echo(f'{fields},\n  "payload": {payload},\n  "headers": {headers}\n}}')
-
-
-@dead.command("retry")
-@EVENT_IDS
-@ALL
-@with_settings(*CONNECTION)
-def dead_retry(config: Settings, event_ids: tuple[UUID, ...], everything: bool) -> None:
-    """Move dead letters back to the outbox, as if new.
-
-    They come behind what was recorded meanwhile under their key and priority, if that has been
-    published already.
-
-    \b
-    Examples:
-      outbox-relay dead retry 6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c
-      outbox-relay dead retry --all
-    """
-    wanted = _wanted(event_ids, everything)
-    with _open_store(config) as store:
-        _say_done("moved back to the outbox", wanted, store.dead_retry(wanted))
-
-
-@dead.command("drop")
-@EVENT_IDS
-@ALL
-@click.option("--yes", is_flag=True, help="do not ask; needed where nobody can answer")
-@with_settings(*CONNECTION)
-def dead_drop(config: Settings, event_ids: tuple[UUID, ...], everything: bool, yes: bool) -> None:
-    """Delete dead letters for good. Nobody will get these events.
-
-    \b
-    Examples:
-      outbox-relay dead drop 6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c
-      outbox-relay dead drop --all --yes
-    """
-    wanted = _wanted(event_ids, everything)
-    _need_database(config)
-    if not yes:
-        _confirm_drop(wanted)
-    with _open_store(config) as store:
-        _say_done("dropped", wanted, store.dead_drop(wanted))
-
-
-def _wanted(event_ids: tuple[UUID, ...], everything: bool) -> list[UUID] | None:
-    """Return the ids that were asked for; None: all."""
-    if bool(event_ids) == everything:
-        raise click.UsageError("Give event ids, or --all.")
-    return None if everything else list(dict.fromkeys(event_ids))
-
-
-def _confirm_drop(wanted: list[UUID] | None) -> None:
-    if not sys.stdin.isatty():
-        raise click.UsageError("Nobody can be asked here: add --yes to drop them for good.")
-    what = "all dead letters" if wanted is None else counted(len(wanted), "dead letter")
-    click.confirm(f"Drop {what} for good?", abort=True)
-
-
-def _say_done(what: str, wanted: list[UUID] | None, done: list[UUID]) -> None:
-    click.echo(f"{what}: {counted(len(done), 'dead letter')}")
-    if missing := [event_id for event_id in wanted or () if event_id not in done]:
-        raise Failed(_no_such(missing), 1)
-
-
-def _no_such(event_ids: Sequence[UUID]) -> str:
-    return f"there is no dead letter with the id {', '.join(map(str, event_ids))}"
-
+cli.add_command(consume)
+cli.add_command(letters.dead)
+cli.add_command(letters.dlq)
 
 # -- the process -----------------------------------------------------------------------------------
 

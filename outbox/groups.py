@@ -120,6 +120,7 @@ for _, lane in ipairs(KEYS) do
     end
 end
 """
+SCRIPTS = (NEXT, TAKE, BURY, RENEW, FORGET)
 
 
 class GroupMissing(RedisUnavailable):
@@ -175,12 +176,71 @@ async def settled(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-class Groups:
-    """One connection of a consumer to its group in all lanes.
+class Connection:
+    """One connection, of asyncio if `asynchronous`, that never sends anything again by itself.
 
-    `asynchronous` makes it one of asyncio. Methods raise RedisUnavailable for whatever no event is to blame for;
-    GroupMissing until `create` is called again. Nothing is sent again by itself.
+    Methods raise RedisUnavailable for whatever no event is to blame for, and InvalidSetting for a wrong URL.
     """
+
+    def __init__(
+        self,
+        url: str,
+        scripts: Iterable[str],
+        *,
+        asynchronous: bool = False,
+        timeout_seconds: float = 5.0,
+        name: str = "outbox-consumer",
+    ) -> None:
+        library: Any = importlib.import_module("redis.asyncio" if asynchronous else "redis")
+        try:
+            self._redis = library.Redis.from_url(
+                url,
+                socket_timeout=timeout_seconds,
+                socket_connect_timeout=timeout_seconds,
+                socket_keepalive=True,
+                retry=library.retry.Retry(NoBackoff(), 0),
+                protocol=2,
+                client_name=name,
+            )
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
+        except (ValueError, TypeError):
+            # What is wrong with it is not said: it may be a part of the password.
+            raise InvalidSetting(
+                "redis_url: this is no URL, or has an option that is none of redis-py's"
+            ) from None
+        self._redis.response_callbacks.clear()  # replies come as Redis gives them, as they do out of a script
+        self._scripts = {script: self._redis.register_script(script).sha for script in scripts}
+
+    async def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        await settled(self._redis.connection_pool.disconnect())
+
+    async def _script(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
+        try:
+            return await self._run("EVALSHA", self._scripts[script], len(keys), *keys, *arguments)
+        except _ScriptMissing:
+            return await self._run("EVAL", script, len(keys), *keys, *arguments)
+
+    async def _run(self, *command: Any) -> Any:
+        """Run a command; drop the connection after any error, as its reply may come late."""
+        try:
+            return await settled(self._redis.execute_command(*command))
+        except redis.exceptions.NoScriptError as error:
+            raise _ScriptMissing(str(error)) from error
+        except redis.RedisError as error:
+            await self.close()
+            missing = "NOGROUP" in str(error)
+            raise (GroupMissing if missing else RedisUnavailable)(
+                f"Redis: {str(error).rstrip('.')}"
+            ) from error
+        except BaseException:
+            await self.close()
+            raise
+
+
+class Groups(Connection):
+    """One connection of a consumer to its group in all lanes. Methods raise GroupMissing until `create` is called."""
 
     def __init__(
         self,
@@ -199,27 +259,7 @@ class Groups:
         self._read_primary = [*primary, *(">" for _ in primary)]
         self._busy = False  # the last read found entries of a primary lane
         self._place = {lane: place for place, lane in enumerate(self.lanes, 1)}
-        library: Any = importlib.import_module("redis.asyncio" if asynchronous else "redis")
-        try:
-            self._redis = library.Redis.from_url(
-                url,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=timeout_seconds,
-                socket_keepalive=True,
-                retry=library.retry.Retry(NoBackoff(), 0),
-                protocol=2,
-                client_name="outbox-consumer",
-            )
-            pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
-        except (ValueError, TypeError):
-            # What is wrong with it is not said: it may be a part of the password.
-            raise InvalidSetting(
-                "redis_url: this is no URL, or has an option that is none of redis-py's"
-            ) from None
-        self._redis.response_callbacks.clear()  # replies come as Redis gives them, as they do out of a script
-        scripts = (NEXT, TAKE, BURY, RENEW, FORGET)
-        self._scripts = {script: self._redis.register_script(script).sha for script in scripts}
+        super().__init__(url, SCRIPTS, asynchronous=asynchronous, timeout_seconds=timeout_seconds)
 
     def is_primary(self, lane: str) -> bool:
         """Return whether a lane is a primary one."""
@@ -280,7 +320,7 @@ class Groups:
         """Deliver a pending entry of ours once more; None: somebody else has finished or claimed it."""
         answer = await self._script(TAKE, [lane], self._group, self._consumer, id_)
         if answer[0] == b"TAKEN":
-            return Entry(lane, id_, _pairs(answer[2]), answer[1])
+            return Entry(lane, id_, pairs(answer[2]), answer[1])
         return Lost(lane, id_) if answer[0] == b"LOST" else None
 
     async def bury(self, entry: Entry, error: str, died_at: str) -> bool:
@@ -329,32 +369,6 @@ class Groups:
         first = [await self._run("XRANGE", lane, "-", "+", "COUNT", 1) for lane in self.lanes]
         return min((int(_text(page[0][0]).partition("-")[0]) for page in first if page), default=None)
 
-    async def close(self) -> None:
-        """Drop the connection; the next call opens another."""
-        await settled(self._redis.connection_pool.disconnect())
-
-    async def _script(self, script: str, keys: Sequence[str], *arguments: Any) -> Any:
-        try:
-            return await self._run("EVALSHA", self._scripts[script], len(keys), *keys, *arguments)
-        except _ScriptMissing:
-            return await self._run("EVAL", script, len(keys), *keys, *arguments)
-
-    async def _run(self, *command: Any) -> Any:
-        """Run a command; drop the connection after any error, as its reply may come late."""
-        try:
-            return await settled(self._redis.execute_command(*command))
-        except redis.exceptions.NoScriptError as error:
-            raise _ScriptMissing(str(error)) from error
-        except redis.RedisError as error:
-            await self.close()
-            missing = "NOGROUP" in str(error)
-            raise (GroupMissing if missing else RedisUnavailable)(
-                f"Redis: {str(error).rstrip('.')}"
-            ) from error
-        except BaseException:
-            await self.close()
-            raise
-
 
 class _ScriptMissing(RedisUnavailable):
     """Raised when Redis does not know a script yet: it was restarted, or its scripts were flushed."""
@@ -363,14 +377,14 @@ class _ScriptMissing(RedisUnavailable):
 def _entries(answer: Sequence[Any]) -> list[Entry]:
     """Return the entries of a reply of XREADGROUP."""
     return [
-        Entry(name, id_.decode(), _pairs(fields), 1)
+        Entry(name, id_.decode(), pairs(fields), 1)
         for lane, entries in answer
         for name in (lane.decode(),)
         for id_, fields in entries
     ]
 
 
-def _pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
+def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
     """Return a flat list of names and values as a dict."""
     parts = iter(flat)
     return dict(zip(parts, parts, strict=True))

@@ -435,6 +435,33 @@ class Streams:
             self.close()
             raise
 
+    def groups(self, lane: str) -> list[dict[str, Any]] | None:
+        """Return how far the consumer groups of a lane are; None where we may not look, or it is no stream.
+
+        `lag`: entries that the group has not been given yet, None if Redis cannot tell; `pending`: those it was
+        given and has not finished; `oldest_seconds`: the age of the oldest of both, None if there is none.
+        """
+        with self._translated():
+            try:
+                seconds, _ = self._redis.time()
+                return [self._group(lane, info, seconds) for info in self._redis.xinfo_groups(lane)]
+            except redis.ResponseError as error:
+                return [] if "no such key" in str(error) else None
+
+    def _group(self, lane: str, info: dict[str, Any], now_seconds: int) -> dict[str, Any]:
+        given = self._redis.xpending(lane, info["name"])
+        following: Any = self._redis.xrange(lane, min=f"({info['last-delivered-id'].decode()}", count=1)
+        unfinished = [given["min"]] if given["pending"] else []
+        unfinished += [entry for entry, _ in following]
+        published = [int(entry.partition(b"-")[0]) / 1000 for entry in unfinished]
+        return {
+            "name": info["name"].decode(errors="backslashreplace"),
+            "consumers": info["consumers"],
+            "lag": info.get("lag") if following else 0,
+            "pending": given["pending"],
+            "oldest_seconds": max(0.0, now_seconds - min(published)) if published else None,
+        }
+
 
 def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], str]) -> Batch:
     """Encode a batch; `lane` tells the lane of a stream and a priority. Every event must be `publishable`."""

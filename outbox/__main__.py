@@ -1,0 +1,5 @@
+"""`python -m outbox` is `outbox-relay`."""
+
+from outbox.cli import main
+
+main()
