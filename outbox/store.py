@@ -158,7 +158,7 @@ SELECT outbox_id::text, batch, leader, led_at, asleep, streams_lost, batches_los
        extract(epoch FROM clock_timestamp() - published_at)::float8 AS journal_age
 FROM {relay},
      (SELECT count(*) AS dead FROM {dead}) AS dead,
-     (SELECT count(*) AS batches, coalesce(sum(octet_length(body)), 0)::bigint AS bytes,
+     (SELECT count(*) AS batches, pg_total_relation_size({journal_name}) AS bytes,
              min(published_at) AS published_at FROM {journal}) AS journal
 WHERE partition = 0
 """
@@ -496,8 +496,9 @@ class Store:
             raise NotMigrated(
                 f"the outbox has no tables in the schema {self._schema!r}; run: outbox-relay migrate"
             )
-        # A service that pulls `outbox.metadata` into its own history creates the table without its row.
-        connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
+        if connection.execute(self._sql("SELECT FROM {relay} WHERE partition = 0")).rowcount == 0:
+            # A service that pulls `outbox.metadata` into its own history creates the table without its row.
+            connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
 
     def _sql(self, query: LiteralString, free: bool = False) -> sql.Composed:
         """Name the tables, and say what is due, in a statement; `free`: see FREE."""
@@ -506,6 +507,7 @@ class Store:
             due = sql.SQL(DUE) + (sql.SQL(FREE).format(**names) if free else sql.SQL(""))
             self._statements[query, free] = sql.SQL(query).format(
                 **names,
+                journal_name=sql.Literal(names["journal"].as_string()),
                 due=due,
                 columns=sql.SQL(COLUMNS),
                 size=sql.SQL(SIZE),

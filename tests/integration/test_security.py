@@ -1,0 +1,351 @@
+"""Rights, secrets, encryption, and code that stored data could run."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+import redis as redis_client
+from click.testing import CliRunner, Result
+from psycopg.errors import InsufficientPrivilege
+from sqlalchemy import create_engine, make_url
+from sqlalchemy.orm import Session
+
+import outbox
+from outbox import cli, publish
+from tests.integration.box import Box
+from tests.roles import ROLES, role_url
+from tests.service import Counted
+
+SECRET = "sesame"  # stands in the payload, the headers and the key
+
+
+def run(*arguments: str, **env: str) -> Result:
+    return CliRunner().invoke(cli.cli, arguments, env=env, prog_name="outbox-relay")
+
+
+# -- the roles of PostgreSQL ------------------------------------------------------------------------------
+
+
+def flags(names: dict[str, str]) -> list[str]:
+    return [part for role, name in names.items() for part in (f"--{role}", name)]
+
+
+@pytest.fixture
+def granted(database_url: str, roles: dict[str, str], box: Box) -> Callable[[str], psycopg.Connection[Any]]:
+    """Have `grants --apply` run on an outbox that holds a secret; connect as a role."""
+    box.sql.execute("CREATE TABLE business (id int)")
+    box.sql.execute(
+        "INSERT INTO outbox_dead (event_id, stream, type, key, priority, created_at, payload, headers, attempts, "
+        "reason) VALUES (gen_random_uuid(), 's', 'T', %s, 0, now(), '1', '{}', 10, %s)",
+        (SECRET, SECRET),
+    )
+    box.add(SECRET, key=SECRET, headers=json.dumps({"a": SECRET}), last_error=SECRET)
+    result = run("grants", "--apply", *flags(roles), OUTBOX_DATABASE_URL=database_url)
+    assert result.exit_code == 0, result.output
+    return lambda role: psycopg.connect(role_url(database_url, role).replace("+psycopg", ""), autocommit=True)
+
+
+TABLES = ("outbox", "outbox_relay", "outbox_journal", "outbox_dead", "outbox_inbox", "business",
+          "outbox_alembic_version")  # fmt: skip
+ANY_ROW = "event_id, stream, type, payload"
+ROW = "(gen_random_uuid(), 's', 'T', '1')"
+REFUSED = [
+    ("service", "SELECT payload FROM outbox"),
+    ("service", "SELECT headers, key FROM outbox"),
+    ("service", "DELETE FROM outbox"),
+    ("service", "UPDATE outbox SET priority = 1"),
+    ("service", "SELECT FROM outbox FOR UPDATE"),
+    ("service", "TRUNCATE outbox"),
+    ("service", "LOCK TABLE outbox IN SHARE MODE"),
+    ("service", "ALTER TABLE outbox DISABLE TRIGGER outbox_wake"),
+    ("service", f"INSERT INTO outbox ({ANY_ROW}, created_at) VALUES {ROW[:-1]}, '-infinity')"),
+    ("service", f"INSERT INTO outbox ({ANY_ROW}, id) VALUES {ROW[:-1]}, 99)"),
+    ("service", f"INSERT INTO outbox ({ANY_ROW}, attempts) VALUES {ROW[:-1]}, 1)"),
+    *(("service", f"SELECT FROM {table}") for table in TABLES if table != "outbox"),
+    ("relay", "UPDATE outbox SET payload = '2'"),
+    ("relay", "UPDATE outbox_journal SET body = ''"),
+    ("relay", "UPDATE outbox_relay SET outbox_id = gen_random_uuid()"),
+    ("relay", "DELETE FROM outbox_relay"),
+    ("relay", "DROP TABLE outbox"),
+    *(("relay", f"SELECT FROM {table}") for table in ("business", "outbox_inbox", "outbox_alembic_version")),
+    *(("relay", f"DELETE FROM {table}") for table in ("business", "outbox_inbox")),
+    *(("reader", f"SELECT {column} FROM outbox") for column in ("payload", "headers", "key", "last_error")),
+    *(("reader", f"SELECT {column} FROM outbox_dead") for column in ("payload", "headers", "key", "reason")),
+    ("reader", "SELECT body FROM outbox_journal"),
+    ("reader", "SELECT * FROM outbox"),
+    *(("reader", f"DELETE FROM {table}") for table in TABLES),
+    *(("reader", f"SELECT FROM {table}") for table in ("business", "outbox_inbox")),
+    *(("consumer", f"SELECT FROM {table}") for table in TABLES if table != "outbox_inbox"),
+    ("consumer", "UPDATE outbox_inbox SET handled_at = now()"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "statement"), REFUSED)
+def test_what_a_role_may_not_do(granted, role: str, statement: str) -> None:
+    with granted(role) as connection, pytest.raises(InsufficientPrivilege), connection.transaction():
+        connection.execute(statement)
+
+
+@pytest.mark.parametrize("statement", dict.fromkeys(statement for _, statement in REFUSED))
+def test_the_owner_may_do_all_that_a_role_may_not(granted, box: Box, statement: str) -> None:
+    """The control: what is refused above is refused for want of a right."""
+    with box.sql.transaction(force_rollback=True):
+        box.sql.execute(statement)
+
+
+def test_a_service_that_may_only_insert_records_and_wakes_the_relay(granted, database_url, box) -> None:
+    box.sql.execute("UPDATE outbox_relay SET asleep = true")
+    box.sql.execute("LISTEN outbox")
+    engine = create_engine(role_url(database_url, "service"))
+    event_id = uuid4()
+    with Session(engine) as session:
+        for _ in range(2):
+            publish(session, Counted(1), event_id=event_id, headers={"a": "b"})
+            session.flush()
+        session.commit()
+    engine.dispose()
+    assert [note.payload for note in box.sql.notifies(timeout=10, stop_after=1)] == ["public"]
+    assert box.value("SELECT count(*) FROM outbox WHERE event_id = %s", event_id) == 1
+
+
+def test_a_service_gains_nothing_by_what_stands_first_on_its_path(granted, box: Box) -> None:
+    """The trigger's function runs with its owner's rights: no name in it may be taken for another."""
+    box.sql.execute(f"GRANT CREATE ON SCHEMA public TO {ROLES['service']}")
+    box.sql.execute("UPDATE outbox_relay SET asleep = true")
+    box.sql.execute("LISTEN outbox")
+    with granted("service") as connection:
+        connection.execute(
+            "CREATE TEMP TABLE outbox_relay (asleep bool); INSERT INTO outbox_relay VALUES (true)"
+        )
+        for signature in ("text, text", "text, name"):
+            connection.execute(
+                f"CREATE FUNCTION public.pg_notify({signature}) RETURNS void LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE EXCEPTION 'taken in as %', current_user; END $$"
+            )
+        connection.execute("SET search_path = pg_temp, public, pg_catalog")
+        connection.execute(f"INSERT INTO public.outbox ({ANY_ROW}) VALUES {ROW}")
+    assert [note.payload for note in box.sql.notifies(timeout=10, stop_after=1)] == ["public"]
+
+
+def test_a_relay_that_may_touch_nothing_else_does_all_its_work(granted, database_url, box: Box) -> None:
+    env = {"OUTBOX_DATABASE_URL": role_url(database_url, "relay"), "OUTBOX_REDIS_URL": box.redis_url}
+    box.redis.set("broken", "no stream")
+    box.add("bad", stream="broken")
+    assert run("run", "--once", "--max-attempts", "1", **env).exit_code == 0
+    assert (box.lane(), box.waiting()) == ([SECRET], [])
+    for command in (["status"], ["dead", "list"], ["dead", "retry", "--all"], ["prune"],
+                    ["dead", "drop", "--all", "--yes"]):  # fmt: skip
+        result = run(*command, **env)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_reader_shows_the_status_and_sees_no_secret(granted, database_url, box: Box) -> None:
+    env = {"OUTBOX_DATABASE_URL": role_url(database_url, "reader"), "OUTBOX_REDIS_URL": box.redis_url}
+    box.relay().drain()
+    box.add(SECRET)
+    result = run("status", "--json", **env)
+    assert result.exit_code == 0, result.output
+    state = json.loads(result.stdout)
+    assert (state["pending"], state["dead"], state["batch"], state["journal"]["batches"]) == (1, 1, 1, 1)
+    assert SECRET not in result.output
+    refused = run("dead", "list", **env)
+    assert refused.exit_code == 3
+    assert "permission denied" in refused.output
+
+
+def test_a_consumer_keeps_its_inbox(granted) -> None:
+    insert = (
+        "INSERT INTO outbox_inbox (consumer_group, event_id) VALUES ('g', %s) ON CONFLICT DO NOTHING "
+        "RETURNING event_id"
+    )
+    event_id = uuid4()
+    with granted("consumer") as connection:
+        assert [connection.execute(insert, (event_id,)).rowcount for _ in range(2)] == [1, 0]
+        assert connection.execute("DELETE FROM outbox_inbox").rowcount == 1
+
+
+def test_grants_print_sql_that_does_the_same(granted, database_url, box: Box, roles) -> None:
+    printed = run("grants", *flags(roles))
+    assert printed.exit_code == 0
+    rights = (
+        "SELECT relname, relacl::text FROM pg_class WHERE relname LIKE 'outbox%' AND relkind = 'r' ORDER BY 1"
+    )
+    before = box.sql.execute(rights).fetchall()
+    box.sql.execute(f"DROP OWNED BY {', '.join(roles.values())}")
+    assert box.sql.execute(rights).fetchall() != before
+    box.sql.execute(printed.stdout)
+    assert box.sql.execute(rights).fetchall() == before
+
+
+ODD = 'a "b"; DROP TABLE outbox; --'
+
+
+def test_names_are_quoted(box: Box, database_url: str) -> None:
+    result = run("grants", "--relay", ODD, "--apply", OUTBOX_DATABASE_URL=database_url)
+    assert (result.exit_code, "does not exist" in result.stderr) == (1, True), result.output
+    assert box.value("SELECT count(*) FROM outbox") == 0
+    assert '"a ""b""; DROP TABLE outbox; --"' in run("grants", "--relay", ODD, "--schema", ODD).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        ([], 2, "Name a role"),
+        (["--relay", "r", "--apply"], 2, "OUTBOX_DATABASE_URL"),
+        (["--service", "s", "--redis"], 2, "needs no Redis"),
+        (["--relay", "r", "--redis", "--apply"], 2, "only prints"),
+        (["--relay", "a b", "--redis"], 2, "'a b'"),
+        (["--relay", "r", "--redis", "--stream", "*"], 2, "'*'"),
+        (["--relay", "r", "--apply", "--database-url", "postgresql://u@127.0.0.1:1/d"], 3, "PostgreSQL"),
+    ],
+)
+def test_grants_refuse_what_they_cannot_do(arguments: list[str], code: int, part: str) -> None:
+    result = run("grants", *arguments)
+    assert (result.exit_code, part in result.stderr) == (code, True), result.output
+
+
+def test_grants_without_tables_say_what_to_do(empty_database_url: str, roles) -> None:
+    result = run("grants", "--relay", ROLES["relay"], "--apply", OUTBOX_DATABASE_URL=empty_database_url)
+    assert (result.exit_code, "migrate" in result.stderr) == (4, True)
+
+
+# -- the users of Redis -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users(redis: redis_client.Redis) -> Iterator[Callable[..., str]]:
+    """Make a user as `grants --redis` says; return its URL for the Redis of the test."""
+    made: list[str] = []
+
+    def make(url: str, role: str, *arguments: str) -> str:
+        user = f"{role}-{uuid4().hex}"
+        printed = run("grants", "--redis", f"--{role}", user, *arguments).stdout.strip()
+        with pytest.raises(redis_client.ResponseError, match="password"):
+            redis.execute_command(printed)  # nobody gets a password that everybody knows
+        password = hashlib.sha256(b"canary").hexdigest()
+        redis.execute_command(printed.replace("sha256-of-the-password", password))
+        made.append(user)
+        return make_url(url).set(username=user, password="canary").render_as_string(hide_password=False)
+
+    yield make
+    for user in made:
+        redis.acl_deluser(user)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--stream", "s"]])
+def test_the_relay_does_all_its_work_as_the_user_of_redis_that_is_printed(
+    box: Box, users, redis_url: str, arguments: list[str]
+) -> None:
+    url = users(redis_url, "relay", *arguments)
+    box.redis.script_flush()
+    for name in ("a", "b"):
+        box.add(name, priority=-1)
+    relay = box.relay(batch_size=1, redis_url=url)
+    relay.check()
+    relay.run_once()
+    before = box.photograph()
+    relay.drain()
+    box.go_back_to(before)  # BEHIND, at the next publish
+    box.add("c")
+    relay.drain()
+    box.redis.delete("s:backfill")  # GONE
+    box.add("d", priority=-1)
+    relay.drain()
+    assert (box.lane("s:backfill"), box.lane()) == (["a", "b", "d"], ["c"])
+    env = {"OUTBOX_DATABASE_URL": box.database_url, "OUTBOX_REDIS_URL": url}
+    state = run("status", "--json", **env)
+    assert state.exit_code == 0, state.output
+    assert json.loads(state.stdout)["redis"]["batch"] == 4
+
+
+@pytest.mark.parametrize("role", ["relay", "reader", "consumer"])
+@pytest.mark.parametrize(
+    "command",
+    ["FLUSHALL", "KEYS *", "DEL s", "GET x", "CONFIG GET *", "ACL LIST", "XTRIM s MAXLEN 0", "SHUTDOWN"],
+)
+def test_what_a_user_of_redis_may_not_do(users, redis_url: str, role: str, command: str) -> None:
+    client = redis_client.Redis.from_url(users(redis_url, role))
+    with pytest.raises(redis_client.exceptions.NoPermissionError):
+        client.execute_command(*command.split())
+    client.close()
+
+
+def test_a_user_of_redis_with_streams_uses_no_other_key(users, redis_url: str, redis) -> None:
+    client = redis_client.Redis.from_url(users(redis_url, "relay", "--stream", "s", "--lanes", "off"))
+    assert client.xadd("s", {"a": "b"})
+    for key in ("s2", "s:backfill"):
+        with pytest.raises(redis_client.exceptions.NoPermissionError):
+            client.xadd(key, {"a": "b"})
+    client.close()
+
+
+def test_a_reader_of_redis_shows_the_status(box: Box, users, redis_url: str) -> None:
+    box.add("a")
+    box.relay().drain()
+    env = {"OUTBOX_DATABASE_URL": box.database_url, "OUTBOX_REDIS_URL": users(redis_url, "reader")}
+    result = run("status", "--json", **env)
+    assert json.loads(result.stdout)["lanes"] == {"s": {"entries": 1, "pending": 0}}, result.output
+
+
+# -- no code out of data ----------------------------------------------------------------------------------
+
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "code",
+    "codeop",
+    "runpy",
+}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "import_module", "execfile", "unsafe_load"}
+# The command of Redis, with the scripts of this package and no other.
+EXCEPTIONS = {("streams.py", "self._redis.eval"), ("settings.py", "re.compile"), ("lanes.py", "re.compile"),
+              ("event.py", "re.compile")}  # fmt: skip
+
+
+def offences(path: Path) -> Iterator[str]:
+    """Yield what in a file could run code that data names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+            if named := {name.partition(".")[0] for name in names} & FORBIDDEN_MODULES:
+                yield f"{path.name}:{node.lineno} imports {named}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called.rpartition(".")[2] in FORBIDDEN_CALLS and (path.name, called) not in EXCEPTIONS:
+                yield f"{path.name}:{node.lineno} calls {called}"
+
+
+def test_nothing_that_is_stored_is_run_or_imported(tmp_path: Path) -> None:
+    package = Path(outbox.__file__).parent
+    files = [*package.rglob("*.py"), *(package.parent / "migrations").rglob("*.py")]
+    assert len(files) > 20
+    assert [offence for path in files for offence in offences(path)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "eval(x)",
+        "exec(x)",
+        "__import__(x)",
+        "importlib.import_module(x)",
+    ],
+)
+def test_the_search_finds_what_could_run(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(line)
+    assert len([*offences(file)]) == 1
