@@ -24,7 +24,7 @@ from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuita
 from outbox.event import Waiting
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.settings import Settings
-from outbox.store import Lead, Listener, Refusal, Store
+from outbox.store import Lead, Listener, Refusal, Store, may_wait
 from outbox.streams import (
     EMPTY,
     Added,
@@ -195,7 +195,7 @@ class Relay:
             attempts = event.attempts + 1
             if error is None:
                 back.append(Refusal(event))
-            elif attempts >= settings.max_attempts:
+            elif attempts >= settings.max_attempts or not may_wait(event):
                 self._store.bury(event, error, attempts)
                 log.error(
                     "event %s of %s is a dead letter after %d attempts: %s",

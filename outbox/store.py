@@ -115,7 +115,7 @@ ADOPT: LiteralString = "DELETE FROM {outbox} WHERE id = ANY (%s) RETURNING {colu
 SIZE: LiteralString = "pg_column_size(o.payload) + coalesce(pg_column_size(o.headers), 0)"
 COLUMNS: LiteralString = (
     "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
-    "attempts, last_error"
+    "least(greatest(attempts, 0), 2147483646), last_error"  # somebody may have set them: one more must fit
 )
 
 RECORD_BATCH: LiteralString = """
@@ -197,6 +197,7 @@ WITH gone AS (
 SELECT event_id FROM gone
 """
 
+LONGEST = 2500  # bytes of stream and key that the index of refused events can hold
 HIGHER, LOWER = 32768, -32769  # beyond any smallint
 EVER = "-infinity"
 
@@ -605,6 +606,11 @@ def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     events = [Waiting._make(row) for row in rows]
     events.sort(key=lambda event: (-event.priority, event.created_at, event.id))
     return events
+
+
+def may_wait(event: Waiting) -> bool:
+    """Return whether a refused event can wait for its retry: nothing of its key may pass it, which needs an index."""
+    return len(f"{event.stream}{event.key or ''}".encode()) <= LONGEST
 
 
 def _put_back_row(refusal: Refusal) -> tuple[Any, ...]:
