@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuitable
+from outbox.errors import DamagedBatch, DatabaseUnavailable, OutboxError, Unavailable, Unsuitable
 from outbox.event import Waiting
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.settings import Settings
@@ -261,8 +261,10 @@ class Relay:
         for _ in range(CATCH_UP):
             if known >= expected or self.stop.is_set():
                 break
-            number, body = self._store.journal_after(known) or (expected, EMPTY.body)
-            batch, events = decode(body)
+            found = self._store.journal_after(known)
+            number = found[0] if found else expected
+            kept = _read(*found) if found else None
+            batch, events = kept or (EMPTY, [])
             answer = self._streams.publish(lead.outbox_id, known, batch, number)
             if not isinstance(answer, Added):
                 if isinstance(answer, Gone):
@@ -271,11 +273,11 @@ class Relay:
                 raise Unavailable(f"Redis has changed while batches were sent again: {answer}")
             behind = dict.fromkeys(answer.held, "behind an event of its key that was refused")
             self._bury_all(events, behind | answer.refused)
-            lost += number - known - 1 if body is not EMPTY.body else number - known
+            lost += number - known - (1 if kept else 0)
             known = number
         if lost:
             log.error(
-                "%d batches that Redis has forgotten are no longer in the journal: they cannot be known",
+                "%d batches that Redis has forgotten cannot be read in the journal: they cannot be known",
                 lost, extra={"action": "batches_lost"},
             )  # fmt: skip
             self._store.count_losses(batches=lost)
@@ -299,18 +301,20 @@ class Relay:
             names,
             extra={"action": "streams_lost"},
         )
-        number = 0
+        number = damaged = 0
         while (found := self._store.journal_after(number)) and found[0] <= stands:
             if self.stop.is_set():
                 self._store.commit()
                 return 0  # Redis remembers how far we have come
             number = found[0]
-            batch, events = decode(found[1])
+            kept = _read(*found)
+            damaged += 0 if kept else 1
+            batch, events = kept or (EMPTY, [])
             for lane in {*lanes} & {*batch.lanes}:
                 self._restore(lead, stands, lane, number, batch, events)
         for lane in lanes:
             self._restore(lead, stands, lane, 0, EMPTY._replace(lanes=[lane]), [])
-        self._store.count_losses(streams=len(lanes))
+        self._store.count_losses(streams=len(lanes), batches=damaged)
         self._store.commit()
         return 1
 
@@ -408,6 +412,18 @@ def _sift(events: Sequence[Waiting]) -> tuple[list[Waiting], list[Refusal]]:
         else:
             fit.append(event)
     return fit, refusals
+
+
+def _read(number: int, body: bytes) -> tuple[Batch, list[Waiting]] | None:
+    """Return a batch of the journal with its events, or None where it is damaged."""
+    try:
+        return decode(body)
+    except DamagedBatch as error:
+        log.error(
+            "batch %d of the journal is damaged, it cannot be sent again: %s",
+            number, error, extra={"action": "batch_damaged"},
+        )  # fmt: skip
+        return None
 
 
 def _store(settings: Settings) -> Store:

@@ -27,7 +27,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from outbox.errors import InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
+from outbox.errors import DamagedBatch, InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
 from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
 
 log = logging.getLogger("outbox.streams")
@@ -382,10 +382,27 @@ EMPTY = Batch([], "", msgpack.packb(["", [], []]))
 
 
 def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
-    """Return a journal's body as a batch, and its events as far as the body tells."""
-    _, lanes, events = msgpack.unpackb(body)
-    batch = Batch(lanes, " ".join(event[2] for event in events), body)
-    return batch, [_waiting(lanes, event) for event in events]
+    """Return a journal's body as a batch, and its events as far as the body tells. Raises DamagedBatch."""
+    try:
+        source, lanes, events = msgpack.unpackb(body)
+        _check_shape(source, lanes, events)
+        batch = Batch(lanes, " ".join(event[2] for event in events), body)
+        return batch, [_waiting(lanes, event) for event in events]
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise DamagedBatch(f"{error or error.__class__.__name__}") from error
+
+
+def _check_shape(source: Any, lanes: Any, events: Any) -> None:
+    """Raise ValueError where a body is none of `encode`: the script would fail on it, again and again."""
+    strings = [source, *lanes]
+    for place, group, *parts in events:
+        if place not in range(2, len(lanes) + 2) or type(place) is not int or type(group) is not int:
+            raise ValueError("an event of no lane")
+        if len(parts) % 2 == 0:
+            raise ValueError("a header without a value")
+        strings += [*parts[:6], *parts[7:], parts[6] or ""]
+    if not isinstance(lanes, list) or not all(isinstance(part, str) for part in strings):
+        raise ValueError("something else than text")
 
 
 def publishable(event: Waiting) -> str | None:
