@@ -238,13 +238,13 @@ class Streams:
                 socket_connect_timeout=timeout_seconds,
                 socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
-                protocol=2,
-                decode_responses=False,
                 client_name="outbox-relay",
             )
             pool = self._redis.connection_pool
+            # What a URL says of the form of answers is for others: the scripts' are read as bytes.
+            pool.connection_kwargs |= {"protocol": 2, "decode_responses": False}
             pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, redis.RedisError):
             # What is wrong with it is not said: it may be a part of the password.
             raise InvalidSetting(
                 "redis_url: this is no URL, or has an option that is none of redis-py's"

@@ -10,6 +10,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any
@@ -24,7 +25,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from outbox import InvalidEvent, publish
+from outbox.errors import DamagedBatch, InvalidSetting
 from outbox.event import encode
+from outbox.relay import Relay
+from outbox.settings import FIELDS, Settings, load
+from outbox.streams import decode
 from tests.integration.box import Box
 from tests.roles import as_owner
 from tests.service import Counted
@@ -250,8 +255,20 @@ def damaged_bodies() -> Any:
     )
 
 
+def sound(body: bytes) -> bool:
+    """Return whether a body is, by chance, one that a relay may have written."""
+    try:
+        decode(body)
+    except DamagedBatch:
+        return False
+    return True
+
+
 @fuzz(100)
 @given(body=damaged_bodies())
+@example(body=b"")
+@example(body=msgpack.packb(["x", ["s"], [[3, 0, *["1"] * 7]]]))
+@example(body=msgpack.packb(["x", ["s"], [[2, 0, *["1"] * 6, ["1"]]]]))
 @pytest.mark.parametrize("lost", ["everything", "the lane"])
 def test_a_damaged_batch_is_counted_as_lost_and_the_others_are_sent_again(box: Box, body, lost: str) -> None:
     begin_anew(box)
@@ -264,5 +281,99 @@ def test_a_damaged_batch_is_counted_as_lost_and_the_others_are_sent_again(box: B
     box.add("d")
     relay.drain(timeout_seconds=0)
     relay.close()
-    assert box.lane() == ["a", "c", "d"]
-    assert box.value("SELECT batches_lost FROM outbox_relay") == 1
+    arrived = [entry[b"data"] for _, entry in box.redis.xrange("s")]
+    assert [data for data in arrived if data in (b'"a"', b'"c"', b'"d"')] == [b'"a"', b'"c"', b'"d"']
+    if not sound(body):
+        assert len(arrived) == 3
+        assert box.value("SELECT batches_lost FROM outbox_relay") == 1
+
+
+# -- settings ---------------------------------------------------------------------------------------------
+
+plain_text = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+pieces = st.sampled_from(
+    ["postgresql", "redis", "rediss", "unix", "://", ":", "@", "/", "?", "&", "=", "#", "%", "%00", "h", "1", "[::1]",
+     "[", "]", ",", "host", "port", "password", "sslmode", "db", "protocol", "decode_responses", "connect_timeout",
+     "+asyncpg", "user", "true", "\n", " ", "é"]
+)  # fmt: skip
+urls = st.lists(pieces | plain_text, max_size=12).map("".join)
+database_urls = urls | urls.map(lambda rest: f"postgresql://h/d?{rest}") | urls.map("postgresql://h{}".format)
+redis_urls = urls | urls.map(lambda rest: f"redis://h/0?{rest}") | urls.map("redis://h{}".format)
+
+
+def written(number: float) -> str:
+    return "1" * 5000 if number is HUGE else str(number)
+
+
+numbers = st.integers() | st.floats() | st.sampled_from([HUGE, 2**31, 2**63, 1e300])
+SET = {name: plain_text | numbers.map(written) for name in FIELDS}
+SET |= {"database_url": database_urls, "redis_url": redis_urls}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"OUTBOX_BATCH_SIZE": str(10**12)},
+        {"OUTBOX_BATCH_BYTES": str(10**12)},
+        {"OUTBOX_TAKEOVER_SECONDS": "1e12"},
+        {"OUTBOX_POLL_SECONDS": "inf"},
+        {"OUTBOX_REDIS_URL": "redis://h/0?max_connections=-1"},
+    ],
+)
+def test_what_a_server_or_the_driver_would_refuse_is_refused_at_once(environ: dict[str, str]) -> None:
+    with pytest.raises(InvalidSetting):
+        usable(load({}, environ))
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_size", "batch_bytes", "takeover_seconds", "journal_retention_seconds", "poll_seconds"]
+)
+def test_the_largest_that_is_allowed_works(box: Box, name: str) -> None:
+    box.add("a")
+    relay = box.relay(**{name: FIELDS[name].metadata["most"]})
+    relay.check()
+    relay.drain(timeout_seconds=0)
+    relay._store.purge(relay._settings.journal_retention_seconds)
+    assert box.lane() == ["a"]
+
+
+def test_what_a_url_says_of_the_form_of_answers_changes_nothing(box: Box) -> None:
+    box.add("a")
+    box.relay(redis_url=box.redis_url + "?decode_responses=true&protocol=3").drain(timeout_seconds=0)
+    assert box.lane() == ["a"]
+
+
+def usable(config: Settings) -> None:
+    """Make what the settings are for; nothing is connected to."""
+    Relay(config if config.database_url else replace(config, database_url="postgresql://h/d")).close()
+
+
+@fuzz(600)
+@given(environ=st.dictionaries(st.sampled_from(list(FIELDS)), st.none(), max_size=3), data=st.data())
+def test_variables_are_settings_or_refused(environ, data) -> None:
+    values = {f"OUTBOX_{name.upper()}": data.draw(SET[name], name) for name in environ}
+    with contextlib.suppress(InvalidSetting):
+        usable(load({}, values))
+
+
+toml_values = st.one_of(
+    plain_text.map(json.dumps), st.integers().map(str), st.floats().map(str), st.sampled_from(["true", "false"]),
+    st.sampled_from(["1" * 5000, "[" * 5000, "1979-05-27", "{}", "0x1", "''", '"""', "[[outbox]]"]),
+)  # fmt: skip
+lines = st.tuples(
+    st.sampled_from([*FIELDS, "outbox", "outbox.schema", "[outbox]", ""]) | plain_text, toml_values
+)
+
+
+@fuzz(400)
+@given(
+    content=st.binary()
+    | st.lists(lines.map(" = ".join), max_size=4).map(lambda found: "\n".join(found).encode())
+)
+@example(content=b"batch_size = " + b"1" * 5000)
+@example(content=b"source = " + b"[" * 5000)
+def test_files_are_settings_or_refused(tmp_path_factory, content) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
+    path.write_bytes(content)
+    with contextlib.suppress(InvalidSetting):
+        usable(load({}, {}, str(path)))
