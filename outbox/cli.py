@@ -46,9 +46,9 @@ from outbox.errors import (
 from outbox.loop import Backoff, Stop, stop_on_signals
 from outbox.relay import Relay
 from outbox.report import Columns, Report, counted, printable, progress, shown, start_logging, to_json
-from outbox.settings import Settings, redact, safe_url
-from outbox.store import APPLICATION, Store
-from outbox.streams import Streams
+from outbox.settings import Settings, is_local, redact, safe_url
+from outbox.store import APPLICATION, Store, database_in_clear
+from outbox.streams import Streams, redis_in_clear
 
 log = logging.getLogger("outbox.cli")
 
@@ -260,6 +260,16 @@ def _say_started(config: Settings) -> None:
         **{name: getattr(config, name) for name in ("schema", "lanes", "threshold", "batch_size")},
     }
     log.info("", extra={"action": "relay_started", "fields": fields})
+    _warn_of_clear_text("database_url", database_in_clear(config.database_url), "sslmode=verify-full")
+    _warn_of_clear_text("redis_url", redis_in_clear(config.redis_url), "rediss://")
+
+
+def _warn_of_clear_text(name: str, hosts: Iterable[str], cure: str) -> None:
+    if beyond := [host for host in hosts if not is_local(host)]:
+        log.warning(
+            "%s: passwords and events may go to %s in clear text; %s encrypts them",
+            name, ", ".join(beyond), cure, extra={"action": "clear_text"},
+        )  # fmt: skip
 
 
 def _await_servers(relay: Relay, seconds: float) -> Unavailable | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -125,6 +126,16 @@ def safe_url(url: str) -> str:
 def redact(text: str) -> str:
     """Return a text without the passwords of the URLs in it."""
     return USERINFO.sub(r"\1:***@", QUERY_SECRET.sub(r"\1***", text))
+
+
+def is_local(host: str) -> bool:
+    """Return whether what is said to a host stays on this machine."""
+    if host in ("", "localhost") or host.startswith(("/", "@")):  # the latter two are Unix sockets
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _given(

@@ -26,6 +26,7 @@ import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import Conninfo
 from psycopg.rows import dict_row
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -599,6 +600,16 @@ def connection_arguments(url: str, takeover_seconds: float) -> dict[str, Any]:
         "keepalives_count": 2,
         "tcp_user_timeout": int(takeover_seconds * 1000),
     } | arguments
+
+
+def database_in_clear(url: str) -> list[str]:
+    """Return the hosts that a connection may speak to in clear text, folders of sockets included."""
+    # Where the URL says nothing, libpq's variables do (PGHOST, PGSSLMODE).
+    defaults = {option.keyword.decode(): (option.val or b"").decode() for option in Conninfo.get_defaults()}
+    arguments = defaults | connection_arguments(url, takeover_seconds=5.0)
+    if arguments["sslmode"] in ("require", "verify-ca", "verify-full"):
+        return []
+    return str(arguments["hostaddr"] or arguments["host"]).split(",")
 
 
 def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:

@@ -351,6 +351,13 @@ class Streams:
             raise
 
 
+def redis_in_clear(url: str) -> list[str]:
+    """Return the host that a connection speaks to in clear text; an empty name for a socket."""
+    pool = redis.ConnectionPool.from_url(url)
+    encrypted = issubclass(pool.connection_class, redis.SSLConnection)
+    return [] if encrypted else [str(pool.connection_kwargs.get("host", ""))]
+
+
 def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], str]) -> Batch:
     """Encode a batch; `lane` tells the lane of a stream and a priority. Every event must be `publishable`."""
     lanes: dict[str, int] = {}

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
 import hashlib
 import json
+import shutil
+import ssl
+import struct
+import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import psycopg
@@ -293,6 +300,167 @@ def test_a_reader_of_redis_shows_the_status(box: Box, users, redis_url: str) -> 
     env = {"OUTBOX_DATABASE_URL": box.database_url, "OUTBOX_REDIS_URL": users(redis_url, "reader")}
     result = run("status", "--json", **env)
     assert json.loads(result.stdout)["lanes"] == {"s": {"entries": 1, "pending": 0}}, result.output
+
+
+# -- encryption -------------------------------------------------------------------------------------------
+
+OPENSSL = shutil.which("openssl")
+needs_openssl = pytest.mark.skipif(OPENSSL is None, reason="it makes certificates with openssl")
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+
+
+class Authority(NamedTuple):
+    """A private certificate authority, and a certificate for the name localhost that it has signed."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return new_authority(tmp_path_factory.mktemp("authority"))
+
+
+def new_authority(folder: Path) -> Authority:
+    def openssl(*arguments: str) -> None:
+        subprocess.run([OPENSSL or "", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("req", "-newkey", "rsa:2048", "-nodes")
+    openssl(*new, "-x509", "-subj", "/CN=test authority", "-keyout", "ca.key", "-out", "ca.crt", "-days", "2")
+    openssl(*new, "-subj", "/CN=localhost", "-keyout", "server.key", "-out", "server.csr")
+    (folder / "names").write_text("subjectAltName=DNS:localhost")
+    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
+            "-out", "server.crt", "-days", "2", "-extfile", "names")  # fmt: skip
+    return Authority(folder / "ca.crt", folder / "server.crt", folder / "server.key")
+
+
+@contextlib.contextmanager
+def terminator(authority: Authority, port: int, *, postgres: bool = False) -> Iterator[int]:
+    """Speak TLS for a server on this machine that does not; the servers of the wheels know none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.certificate, authority.key)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, EOFError, asyncio.IncompleteReadError):
+            if postgres:
+                assert await reader.readexactly(8) == SSL_REQUEST
+                writer.write(b"S")
+            await writer.start_tls(context)
+            to_server = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.wait(
+                [
+                    asyncio.create_task(pump(*ends))
+                    for ends in ((reader, to_server[1]), (to_server[0], writer))
+                ],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            to_server[1].close()
+        writer.close()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+@pytest.fixture
+def encrypted(box: Box, authority: Authority) -> Iterator[Callable[[Path], dict[str, str]]]:
+    """Return the variables of servers behind TLS, for a relay that trusts an authority."""
+    database, redis = make_url(box.database_url), make_url(box.redis_url)
+    assert database.port
+    assert redis.port
+    with (
+        terminator(authority, database.port, postgres=True) as database_port,
+        terminator(authority, redis.port) as redis_port,
+    ):
+
+        def variables(ca: Path) -> dict[str, str]:
+            verified = {"sslmode": "verify-full", "sslrootcert": str(ca)}
+            url = database.set(host="localhost", port=database_port, query=verified)
+            return {
+                "OUTBOX_DATABASE_URL": url.render_as_string(hide_password=False),
+                "OUTBOX_REDIS_URL": f"rediss://localhost:{redis_port}/0?ssl_ca_certs={ca}",
+            }
+
+        yield variables
+
+
+@needs_openssl
+def test_both_servers_are_reached_by_tls_that_is_verified(box: Box, encrypted, authority: Authority) -> None:
+    box.add("a")
+    result = run("run", "--once", "--timeout", "5", **encrypted(authority.ca))
+    assert result.exit_code == 0, result.output
+    assert box.lane() == ["a"]
+    assert "clear_text" not in result.output
+
+
+@needs_openssl
+@pytest.mark.parametrize("name", ["OUTBOX_DATABASE_URL", "OUTBOX_REDIS_URL"])
+@pytest.mark.parametrize("fault", ["another authority", "another name"])
+def test_a_server_that_cannot_prove_who_it_is_is_refused_with_one_sentence(
+    box: Box, encrypted, authority: Authority, tmp_path: Path, name: str, fault: str
+) -> None:
+    box.add("a")
+    variables = encrypted(authority.ca)
+    if fault == "another authority":
+        variables[name] = encrypted(new_authority(tmp_path).ca)[name]
+    else:
+        variables[name] = variables[name].replace("localhost", "127.0.0.1")
+    result = run("run", "--once", "--timeout", "0", **variables)
+    assert result.exit_code == 3, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert "certificate" in errors[0]
+    assert "Traceback" not in result.output
+    assert box.lane() == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "warned"),
+    [
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@db.invalid/d"}, ["database_url"]),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@/d?host=db.invalid"}, ["database_url"]),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@localhost/d?hostaddr=192.0.2.1"}, ["database_url"]),
+        ({"OUTBOX_DATABASE_URL": "postgresql:///d", "PGHOST": "db.invalid"}, ["database_url"]),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@db.invalid/d?sslmode=prefer"}, ["database_url"]),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@db.invalid/d?sslmode=verify-full"}, []),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@db.invalid/d", "PGSSLMODE": "require"}, []),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@127.0.0.2:1/d"}, []),
+        ({"OUTBOX_DATABASE_URL": "postgresql://u@[::1]:1/d"}, []),
+        ({"OUTBOX_DATABASE_URL": "postgresql:///d?host=/nowhere"}, []),
+        ({"OUTBOX_DATABASE_URL": "postgresql:///d?host=/nowhere,db.invalid"}, ["database_url"]),
+        ({"OUTBOX_REDIS_URL": "redis://redis.invalid"}, ["redis_url"]),
+        ({"OUTBOX_REDIS_URL": "rediss://redis.invalid"}, []),
+        ({"OUTBOX_REDIS_URL": "redis://localhost:1"}, []),
+        ({"OUTBOX_REDIS_URL": "redis://[::1]:1"}, []),
+        ({"OUTBOX_REDIS_URL": "unix:///nowhere"}, []),
+    ],
+)
+def test_clear_text_beyond_this_machine_is_warned_of_once(
+    variables: dict[str, str], warned: list[str]
+) -> None:
+    local = {
+        "OUTBOX_DATABASE_URL": "postgresql://u@127.0.0.1:1/d",
+        "OUTBOX_REDIS_URL": "redis://127.0.0.1:1/0",
+    }
+    result = run("run", "--once", "--timeout", "0", **(local | variables))
+    warnings = [line for line in result.stderr.splitlines() if " clear_text " in line]
+    assert [line.split()[3].rstrip(":") for line in warnings] == warned, result.output
 
 
 # -- no code out of data ----------------------------------------------------------------------------------
