@@ -26,7 +26,7 @@ OTHERS = ("OUTBOX_CONFIG", "OUTBOX_TEST_")
 
 
 USERINFO = re.compile(r"(://[^\s:/?#@]*):\S*@")
-QUERY_SECRET = re.compile(r"(?i)([?&](?:ssl)?password=)[^&\s]*")
+QUERY_SECRET = re.compile(r"(?i)([?&][a-z_]*pass[a-z]*=)[^&\s]*")
 ENCODE = "a special character of a password must be percent-encoded: @ is %40, / is %2F"
 
 

@@ -535,9 +535,13 @@ class Store:
         except (pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName) as error:
             self.close()
             raise NotMigrated(f"{first_line(error)}; run: outbox-relay migrate") from error
-        except (psycopg.Error, UnicodeDecodeError) as error:  # a database without an encoding holds any bytes
+        except psycopg.Error as error:
             self.close()
-            raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+            error.args = (first_line(error),)  # in a traceback, too
+            raise DatabaseUnavailable(f"PostgreSQL: {error}") from error
+        except UnicodeDecodeError as error:  # a database without an encoding holds any bytes
+            self.close()
+            raise DatabaseUnavailable(f"PostgreSQL: {error}") from error
 
 
 class Listener:

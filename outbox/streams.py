@@ -232,23 +232,24 @@ class Streams:
 
     def __init__(self, url: str, *, prefix: str = "outbox", timeout_seconds: float = 2.0) -> None:
         try:
-            self._redis = redis.Redis.from_url(
+            pool = redis.ConnectionPool.from_url(
                 url,
                 socket_timeout=timeout_seconds,
                 socket_connect_timeout=timeout_seconds,
-                socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
                 client_name="outbox-relay",
             )
-            pool = self._redis.connection_pool
             # What a URL says of the form of answers is for others: the scripts' are read as bytes.
             pool.connection_kwargs |= {"protocol": 2, "decode_responses": False}
+            if issubclass(pool.connection_class, redis.Connection):  # a Unix socket knows no keepalive
+                pool.connection_kwargs.setdefault("socket_keepalive", True)
             pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
         except (ValueError, TypeError, redis.RedisError):
             # What is wrong with it is not said: it may be a part of the password.
             raise InvalidSetting(
                 "redis_url: this is no URL, or has an option that is none of redis-py's"
             ) from None
+        self._redis = redis.Redis.from_pool(pool)
         self._prefix = prefix
         self._warned = False
         self._scripts = {script: self._redis.register_script(script).sha for script in (PUBLISH, RESTORE)}

@@ -26,9 +26,9 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.orm import Session
 
 import outbox
-from outbox import cli, publish
+from outbox import cli, publish, testing
 from tests.integration.box import Box
-from tests.roles import ROLES, role_url
+from tests.roles import PASSWORD, ROLES, role_url
 from tests.service import Counted
 
 SECRET = "sesame"  # stands in the payload, the headers and the key
@@ -302,6 +302,84 @@ def test_a_reader_of_redis_shows_the_status(box: Box, users, redis_url: str) -> 
     assert json.loads(result.stdout)["lanes"] == {"s": {"entries": 1, "pending": 0}}, result.output
 
 
+# -- secrets in what is said and kept ---------------------------------------------------------------------
+
+CANARY = "canary"
+URLS = [
+    ("database_url", "postgresql://u:{}@127.0.0.1:1/d"),
+    ("database_url", "postgresql://u:{}@/d?host=/nowhere"),
+    ("database_url", "postgresql+asyncpg://u@127.0.0.1:1/d?password={}&sslpassword={}"),
+    ("database_url", "postgresql://u:{}@db.invalid/d"),
+    ("redis_url", "redis://u:{}@127.0.0.1:1/0"),
+    ("redis_url", "redis://redis.invalid/0?password={}"),
+    ("redis_url", "rediss://:{}@127.0.0.1:1/0?ssl_password={}"),
+    ("redis_url", "unix://u:{}@/nowhere?db=1"),
+]
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Callable[[Result], str]:
+    """Return all that a command has said, libraries that write past Python's streams included."""
+    return lambda result: result.output + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("place", ["flag", "variable", "file"])
+@pytest.mark.parametrize(("name", "url"), URLS)
+def test_a_password_shows_nowhere_wherever_it_was_given(
+    tmp_path: Path, said, name: str, url: str, place: str, form: str
+) -> None:
+    local = {"database_url": "postgresql://u@127.0.0.1:1/d", "redis_url": "redis://127.0.0.1:1/0"}
+    whole = url.replace("{}", f"%63{CANARY}%40")  # percent-encoded in part
+    arguments = ["run", "--once", "--timeout", "0", "--debug", "--log-level", "debug", "--log-format", form]
+    env = {f"OUTBOX_{other.upper()}": value for other, value in local.items() if other != name}
+    if place == "flag":
+        arguments += [f"--{name.replace('_', '-')}", whole]
+    elif place == "variable":
+        env[f"OUTBOX_{name.upper()}"] = whole
+    else:
+        (tmp_path / "relay.toml").write_text(f"{name} = {json.dumps(whole)}")
+        arguments += ["--config", str(tmp_path / "relay.toml")]
+    result = run(*arguments, **env)
+    assert result.exit_code == 3
+    assert "relay_started" in result.stderr
+    assert CANARY not in said(result)
+
+
+def test_a_password_that_postgresql_refuses_shows_nowhere(database_url: str, said) -> None:
+    url = make_url(database_url).set(password=CANARY).render_as_string(hide_password=False)
+    result = run("status", "--debug", OUTBOX_DATABASE_URL=url)
+    assert (result.exit_code, "password authentication failed" in result.stderr) == (3, True)
+    assert CANARY not in said(result)
+
+
+def test_a_password_is_kept_in_no_table(granted, database_url: str, box: Box, users, said) -> None:
+    box.redis.set("broken", "no stream")
+    for name in ("a", "b"):
+        box.add(name, stream="broken")
+    url = users(box.redis_url, "relay", "--stream", "s")
+    env = {"OUTBOX_DATABASE_URL": role_url(database_url, "relay"), "OUTBOX_REDIS_URL": url}
+    results = [run("run", "--once", "--max-attempts", str(most), **env) for most in (2, 1)]
+    results += [run(*command, **env) for command in (["status", "--json"], ["dead", "list", "--json"])]
+    kept = [str(row) for table in TABLES for row in box.sql.execute(f"SELECT t::text FROM {table} t")]
+    assert len(kept) > 4
+    for secret in (CANARY, PASSWORD):
+        assert secret not in "".join([*kept, *map(said, results)])
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_values_of_rows_in_an_error_of_postgresql_show_nowhere(box: Box, said, form: str) -> None:
+    """PostgreSQL's DETAIL has the whole row, its CONTEXT the parameters."""
+    box.sql.execute("ALTER TABLE outbox ADD CONSTRAINT first CHECK (attempts = 0)")
+    box.redis.set("broken", "no stream")
+    box.add(SECRET, stream="broken", key=SECRET)
+    env = {"OUTBOX_DATABASE_URL": box.database_url, "OUTBOX_REDIS_URL": box.redis_url}
+    arguments = ["run", "--once", "--timeout", "0", "--debug", "--log-level", "debug", "--log-format", form]
+    result = run(*arguments, **env)
+    assert (result.exit_code, "first" in result.output, "Traceback" in result.output) == (3, True, True)
+    assert SECRET not in said(result)
+
+
 # -- encryption -------------------------------------------------------------------------------------------
 
 OPENSSL = shutil.which("openssl")
@@ -428,6 +506,16 @@ def test_a_server_that_cannot_prove_who_it_is_is_refused_with_one_sentence(
     assert "certificate" in errors[0]
     assert "Traceback" not in result.output
     assert box.lane() == []
+
+
+def test_a_unix_socket_of_redis_will_do(box: Box, tmp_path: Path) -> None:
+    path = str(tmp_path / "redis.sock")
+    with testing.redis({"unixsocket": path}) as server:
+        if server.source == "environment":
+            pytest.skip("it needs a server of its own")
+        box.add("a")
+        box.relay(redis_url=f"unix://{path}?db=0").drain(timeout_seconds=0)
+        assert redis_client.Redis.from_url(server.url).xlen("s") == 1
 
 
 @pytest.mark.parametrize(
