@@ -17,10 +17,10 @@ import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 
-from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, OutboxError
+from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, OutboxError, first_line
 from outbox.event import Recorded
 from outbox.lanes import STREAM_NAME, Lanes
-from outbox.store import connection_arguments, first_line
+from outbox.store import connection_arguments
 
 RIGHTS: dict[
     str, dict[str, dict[LiteralString, tuple[str, ...]]]
