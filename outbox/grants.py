@@ -62,8 +62,8 @@ RIGHTS: dict[
     },
 }
 
-CONNECTS = ("client|setname", "select", "info")
-READS = (*CONNECTS, "hgetall", "xlen")
+CONNECTS = ("client|setname", "select")
+READS = (*CONNECTS, "info", "hgetall", "xlen")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "relay": (
         *("eval", "evalsha", "xadd", "xinfo|stream", "hget", "hset", "hexists", "hdel"),
@@ -71,8 +71,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "reader": READS,
     "consumer": (
-        *("xread", "xreadgroup", "xack", "xclaim", "xautoclaim", "xpending", "xinfo", "xgroup"),
-        *("xadd", "xrange", "xrevrange", "xlen", "eval", "evalsha"),
+        *("eval", "evalsha", "xadd", "xread", "xreadgroup", "xrange", "xrevrange", "xack", "xpending"),
+        *("xclaim", "xautoclaim", "xinfo", "xgroup|create", "xgroup|delconsumer"),
         *CONNECTS,
     ),
 }
@@ -131,7 +131,7 @@ def redis_users(
         if not STREAM_NAME.fullmatch(name):
             raise InvalidSetting(f"{name!r} can be no name here: letters, digits or any of _ . : / {{ }} -")
     for role, user in roles.items():
-        state = [] if role == "consumer" else [f"{prefix}:*"]
-        keys = [f"~{key}" for key in ([*state, *lanes] if lanes else ["*"])]
+        more = [f"{lane}:dlq" for lane in lanes] if role == "consumer" else [f"{prefix}:*"]
+        keys = [f"~{key}" for key in ([*lanes, *more] if lanes else ["*"])]
         commands = [f"+{command}" for command in COMMANDS[role]]
         yield " ".join(["ACL SETUSER", user, "reset", "on", PASSWORD, *keys, *commands])

@@ -205,14 +205,17 @@ class Groups:
                 url,
                 socket_timeout=timeout_seconds,
                 socket_connect_timeout=timeout_seconds,
-                socket_keepalive=True,
                 retry=library.retry.Retry(NoBackoff(), 0),
                 protocol=2,
                 client_name="outbox-consumer",
             )
             pool = self._redis.connection_pool
+            # What a URL says of the form of answers is for others.
+            pool.connection_kwargs |= {"protocol": 2, "decode_responses": False}
+            if issubclass(pool.connection_class, library.Connection):  # a Unix socket knows no keepalive
+                pool.connection_kwargs.setdefault("socket_keepalive", True)
             pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, redis.RedisError):
             # What is wrong with it is not said: it may be a part of the password.
             raise InvalidSetting(
                 "redis_url: this is no URL, or has an option that is none of redis-py's"

@@ -117,7 +117,7 @@ def session(engine: Any) -> Iterator[Session]:
         yield session
 
 
-@fuzz(400)
+@fuzz(200)
 @given(
     payload=st.dictionaries(any_text, odd) | odd,
     options=st.fixed_dictionaries({}, optional=OPTIONS),
@@ -196,7 +196,7 @@ def arrived(box: Box) -> list[str]:
     return [entry[b"id"].decode() for key in keys for _, entry in box.redis.xrange(key)]
 
 
-@fuzz(150)
+@fuzz(50)
 @given(found=st.lists(rows_of_others(), max_size=6))
 @example(found=[{"stream": "broken", "key": noise(1000)}])
 @example(found=[{"stream": noise(5000)}])
@@ -264,7 +264,7 @@ def sound(body: bytes) -> bool:
     return True
 
 
-@fuzz(100)
+@fuzz(40)
 @given(body=damaged_bodies())
 @example(body=b"")
 @example(body=msgpack.packb(["x", ["s"], [[3, 0, *["1"] * 7]]]))
@@ -348,7 +348,7 @@ def usable(config: Settings) -> None:
     Relay(config if config.database_url else replace(config, database_url="postgresql://h/d")).close()
 
 
-@fuzz(600)
+@fuzz(300)
 @given(environ=st.dictionaries(st.sampled_from(list(FIELDS)), st.none(), max_size=3), data=st.data())
 def test_variables_are_settings_or_refused(environ, data) -> None:
     values = {f"OUTBOX_{name.upper()}": data.draw(SET[name], name) for name in environ}
@@ -365,7 +365,7 @@ lines = st.tuples(
 )
 
 
-@fuzz(400)
+@fuzz(200)
 @given(
     content=st.binary()
     | st.lists(lines.map(" = ".join), max_size=4).map(lambda found: "\n".join(found).encode())
