@@ -22,9 +22,9 @@ from outbox.event import Recorded
 from outbox.lanes import STREAM_NAME, Lanes
 from outbox.store import connection_arguments
 
-RIGHTS: dict[
-    str, dict[str, dict[LiteralString, tuple[str, ...]]]
-] = {  # role, table, right: columns, or () for all
+Rights = dict[str, dict[LiteralString, tuple[str, ...]]]  # table, right: the columns, or () for all
+
+RIGHTS: dict[str, Rights] = {
     "service": {
         # The insert does nothing where the id waits already, and must read the id for that. The rest has
         # defaults, which need no right: a service cannot choose its place in the order.
@@ -48,7 +48,14 @@ RIGHTS: dict[
     "reader": {
         "outbox": {
             "SELECT": (
-                *("id", "event_id", "stream", "type", "priority", "created_at", "available_at", "attempts"),
+                "id",
+                "event_id",
+                "stream",
+                "type",
+                "priority",
+                "created_at",
+                "available_at",
+                "attempts",
             ),
         },
         "outbox_relay": {"SELECT": ()},

@@ -406,8 +406,8 @@ def _check_shape(source: Any, lanes: Any, events: Any) -> None:
     for place, group, *parts in events:
         if place not in range(2, len(lanes) + 2) or type(place) is not int or type(group) is not int:
             raise ValueError("an event of no lane")
-        if len(parts) % 2 == 0:
-            raise ValueError("a header without a value")
+        if len(parts) < 7 or len(parts) % 2 == 0:
+            raise ValueError("a part of an event is missing")
         strings += [*parts[:6], *parts[7:], parts[6] or ""]
     if not isinstance(lanes, list) or not all(isinstance(part, str) for part in strings):
         raise ValueError("something else than text")

@@ -597,10 +597,8 @@ FORBIDDEN_MODULES = {
     "runpy",
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "import_module", "execfile", "unsafe_load"}
-EXCEPTIONS = {
-    "re.compile",
-    "self._redis.eval",
-}  # the latter is a command of Redis, for this package's own scripts
+# The latter is a command of Redis, for this package's own scripts.
+EXCEPTIONS = {"re.compile", "self._redis.eval"}
 
 
 def named_by_the_source(name: ast.expr) -> bool:
