@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := -m pip --disable-pip-version-check install --progress-bar off
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+ROLES := session session_machine domain claim relay answers refusals wakeup cli
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-system test-sqlalchemy20 lint format wheel-check bench clean
+.PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -23,6 +24,9 @@ test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
 
 test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine
 	@OUTBOX_TEST_SERVERS=system $(PYTEST)
+
+test-roles: $(READY) ## the tests of the write side and the relay, each as a role with the least rights
+	@OUTBOX_TEST_ROLES=1 $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
 
 test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit and integration tests with SQLAlchemy 2.0
 	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit tests/integration

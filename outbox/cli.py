@@ -27,7 +27,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from outbox import letters, settings
+from outbox import grants, letters, settings
 from outbox.command import (
     CONNECTION,
     DEBUG,
@@ -51,9 +51,9 @@ from outbox.groups import DEAD
 from outbox.loop import Backoff, Stop, stop_on_signals
 from outbox.relay import Relay
 from outbox.report import Columns, Report, counted, printable, progress, shown, start_logging, to_json
-from outbox.settings import Settings, redact, safe_url
-from outbox.store import APPLICATION
-from outbox.streams import Streams
+from outbox.settings import Settings, is_local, redact, safe_url
+from outbox.store import APPLICATION, database_in_clear
+from outbox.streams import Streams, redis_in_clear
 
 log = logging.getLogger("outbox.cli")
 
@@ -147,6 +147,16 @@ def _say_started(config: Settings) -> None:
         **{name: getattr(config, name) for name in ("schema", "lanes", "threshold", "batch_size")},
     }
     log.info("", extra={"action": "relay_started", "fields": fields})
+    _warn_of_clear_text("database_url", database_in_clear(config.database_url), "sslmode=verify-full")
+    _warn_of_clear_text("redis_url", redis_in_clear(config.redis_url), "rediss://")
+
+
+def _warn_of_clear_text(name: str, hosts: Iterable[str], cure: str) -> None:
+    if beyond := [host for host in hosts if not is_local(host)]:
+        log.warning(
+            "%s: passwords and events may go to %s in clear text; %s encrypts them",
+            name, ", ".join(beyond), cure, extra={"action": "clear_text"},
+        )  # fmt: skip
 
 
 def _await_servers(relay: Relay, seconds: float) -> Unavailable | None:
@@ -236,6 +246,48 @@ def migrate_command(config: Settings, sql: bool) -> None:
         click.echo(f"migrated from {before or 'nothing'} to {after}: {where}")
 
 
+@cli.command("grants", short_help="Print the least rights of each role, as SQL.")
+@click.option("--service", metavar="ROLE", help="records events, and can read none")
+@click.option("--relay", metavar="ROLE", help="runs the relay; needs no right elsewhere")
+@click.option("--reader", metavar="ROLE", help="for status: sees no payload, headers or key")
+@click.option("--consumer", metavar="ROLE", help="keeps the inbox of its group")
+@click.option("--apply", "wanted", is_flag=True, help="run the SQL, as the owner of the tables")
+@click.option("--redis", "for_redis", is_flag=True, help="print users of Redis instead")
+@click.option("--stream", "streams", metavar="NAME", multiple=True,
+              help="with --redis: the only streams to use; may be repeated")  # fmt: skip
+@with_settings(*CONNECTION, "lanes", "backfill_suffix")
+def grants_command(
+    config: Settings, wanted: bool, for_redis: bool, streams: tuple[str, ...], **given: str | None
+) -> None:
+    """Print the SQL that gives each role its rights and no more.
+
+    The roles must exist; a role may play several. What is printed takes no right away, and may be
+    repeated. With --redis it is a user of Redis for each, whose password you fill in.
+
+    \b
+    Examples:
+      outbox-relay grants --service shop --relay outbox_relay | psql
+      outbox-relay grants --reader dashboards --apply
+      outbox-relay grants --redis --relay outbox-relay --stream customer
+    """
+    roles = {role: name for role, name in given.items() if name}
+    if not roles:
+        raise click.UsageError("Name a role: --service, --relay, --reader or --consumer.")
+    if for_redis:
+        if wanted or "service" in roles:
+            raise click.UsageError("--redis only prints, and a service needs no Redis.")
+        users = grants.redis_users(
+            roles, prefix=config.redis_prefix, streams=streams, rule=config.lane_rule()
+        )
+        click.echo("\n".join(users))
+        return
+    given_rights = list(grants.statements(roles, schema=config.schema))
+    if wanted:
+        need_database(config)
+        grants.apply(config.database_url, given_rights)
+    click.echo("\n".join(f"{statement.as_string()};" for statement in given_rights))
+
+
 @cli.command()
 @with_settings(*CONNECTION, "journal_retention_seconds")
 def prune(config: Settings) -> None:
@@ -306,7 +358,8 @@ def status(config: Settings, as_json: bool, watch: bool) -> None:
                                           where no group reads the lane
       batch, leader, led_at, asleep       the last batch, and who published it
       streams_lost, batches_lost          what Redis has lost until now
-      journal                             {batches, bytes, oldest_seconds}
+      journal                             {batches, bytes, oldest_seconds};
+                                          bytes of disk
       redis                               {version, batch, error}
 
     \b

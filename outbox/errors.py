@@ -66,6 +66,10 @@ class NotMigrated(OutboxError):
     """Raised when the outbox's tables are missing or older than this package."""
 
 
+class DamagedBatch(OutboxError):
+    """Raised when a batch of the journal is nothing that a relay has written."""
+
+
 class NoServer(OutboxError):
     """Raised when no PostgreSQL or Redis can be found to start. The message says what to install."""
 

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date, datetime, time
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property
@@ -33,6 +33,7 @@ MAX_DEPTH = 64
 MAX_BYTES = 256 * 1024
 MAX_NAME = 255  # characters of a type or a header's name
 MAX_KEY = 1024  # characters of a key
+MAX_KEY_BYTES = 2048  # an index of PostgreSQL holds little more
 
 # Fields of a stream entry that the relay writes itself (CloudEvents 1.0 attributes, and ours).
 ENVELOPE = frozenset(
@@ -143,7 +144,7 @@ def encode(
         event_id=_check_id(event_id),
         stream=kind.stream,
         type=kind.type,
-        key=None if key is None else check_text("key", _key_text(key), MAX_KEY),
+        key=None if key is None else _check_key(key),
         priority=current_priority() if priority is None else check_priority(priority),
         available_at=_check_moment(available_at),
         payload=_to_json(payload, kind.type, kind.max_bytes, kind.max_depth),
@@ -155,7 +156,7 @@ def check_stream(name: object) -> str:
     """Return the stream's name, or raise InvalidEvent when it is empty or malformed."""
     if not isinstance(name, str) or not STREAM_NAME.fullmatch(name):
         raise InvalidEvent(
-            f"stream: {name!r} is no name of a stream: 1 to 200 letters, digits or any of _ . : / {{ }} -"
+            f"stream: {_shown(name)} is no name of a stream: 1 to 200 letters, digits or any of _ . : / {{ }} -"
         )
     return name
 
@@ -163,7 +164,7 @@ def check_stream(name: object) -> str:
 def check_text(field: str, value: object, longest: int) -> str:
     """Return a text that PostgreSQL can hold, or raise InvalidEvent that names the field."""
     if not isinstance(value, str):
-        raise InvalidEvent(f"{field}: a string is needed, not {value!r}")
+        raise InvalidEvent(f"{field}: a string is needed, not {_shown(value)}")
     if not 0 < len(value) <= longest:
         raise InvalidEvent(f"{field}: 1 to {longest} characters are needed, not {len(value)}")
     if fault := _text_fault(value):
@@ -253,7 +254,7 @@ def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int)
     try:
         text = _encoder(payload)
         size = len(text.encode())
-    except (TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # a model's own serializers may raise anything
         _raise_fault(payload, name, max_depth)
         raise InvalidEvent(f"{name}: {error}") from error
     if "\\u0000" in text or text.count("{") + text.count("[") > max_depth:
@@ -264,7 +265,11 @@ def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int)
 
 
 def _raise_fault(payload: object, name: str, max_depth: int) -> None:
-    for path, fault in _faults(payload, name, max_depth):
+    try:
+        path, fault = next(_faults(payload, name, max_depth), (name, None))
+    except Exception:  # a model of models without end, a number that cannot be written: then not where it is
+        return
+    if fault:
         raise InvalidEvent(f"{path}: {fault}")
 
 
@@ -290,7 +295,7 @@ def _faults(value: Any, path: str, levels: int) -> Iterator[tuple[str, str]]:
     elif value is not None and not isinstance(value, int):
         try:
             plain = _plain(value)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             yield path, str(error)
         else:
             yield from _faults(plain, path, levels)
@@ -315,12 +320,31 @@ def _text_fault(text: str) -> str | None:
     return None
 
 
+def _shown(value: object) -> str:
+    """Return a value for a message: it may be long, or of a kind that cannot be written."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {value.__class__.__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _check_key(key: object) -> str:
+    text = check_text("key", _key_text(key), MAX_KEY)
+    if len(text.encode()) > MAX_KEY_BYTES:
+        raise InvalidEvent(f"key: more than {MAX_KEY_BYTES} bytes")
+    return text
+
+
 def _key_text(key: object) -> object:
     """Return a key as text; numbers and UUIDs are common keys, anything else must be a string."""
     if isinstance(key, Enum):
         key = key.value
     if isinstance(key, (UUID, int)) and not isinstance(key, bool):
-        return str(key)
+        try:
+            return str(key)
+        except ValueError as error:  # Python writes no integer of thousands of digits
+            raise InvalidEvent(f"key: {error}") from None
     return key
 
 
@@ -332,30 +356,33 @@ def _check_id(event_id: UUID | str | None) -> UUID:
     try:
         return UUID(event_id)
     except (ValueError, AttributeError, TypeError):
-        raise InvalidEvent(f"event_id: {event_id!r} is no UUID") from None
+        raise InvalidEvent(f"event_id: {_shown(event_id)} is no UUID") from None
 
 
 def _check_moment(moment: datetime | None) -> datetime | None:
     if moment is None:
         return None
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise InvalidEvent(f"available_at: a datetime with a time zone is needed, not {moment!r}")
-    return moment
+    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+        raise InvalidEvent(f"available_at: a datetime with a time zone is needed, not {_shown(moment)}")
+    try:
+        return moment.astimezone(UTC)  # PostgreSQL knows fewer offsets than Python
+    except OverflowError:
+        raise InvalidEvent(f"available_at: {moment} is out of range in UTC") from None
 
 
 def _encode_headers(headers: Mapping[str, str]) -> str | None:
     """Return the headers as JSON, with those that tell of the event's cause and of the current trace."""
     if not isinstance(headers, Mapping):
-        raise InvalidEvent(f"headers: a mapping of strings is needed, not {headers!r}")
+        raise InvalidEvent(f"headers: a mapping of strings is needed, not {_shown(headers)}")
     if len(headers) > MAX_HEADERS:
         raise InvalidEvent(f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed")
     for name, value in headers.items():
         if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
-            raise InvalidEvent(f"headers: {name!r} is no name: 1 to 64 letters, digits or any of _ . -")
+            raise InvalidEvent(f"headers: {_shown(name)} is no name: 1 to 64 letters, digits or any of _ . -")
         if name.lower() in ENVELOPE:
             raise InvalidEvent(f"headers.{name}: the name belongs to the envelope of every event")
         if not isinstance(value, str):
-            raise InvalidEvent(f"headers.{name}: a string is needed, not {value!r}")
+            raise InvalidEvent(f"headers.{name}: a string is needed, not {_shown(value)}")
         if fault := _text_fault(value):
             raise InvalidEvent(f"headers.{name}: {fault}")
     carried = headers_of_cause() | current_trace() | dict(headers)

@@ -26,9 +26,9 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequenc
 from typing import Any, NamedTuple, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
 
-from outbox.errors import InvalidSetting, RedisUnavailable
+from outbox.errors import RedisUnavailable
+from outbox.streams import connection_pool
 
 T = TypeVar("T")
 
@@ -192,23 +192,7 @@ class Connection:
         name: str = "outbox-consumer",
     ) -> None:
         library: Any = importlib.import_module("redis.asyncio" if asynchronous else "redis")
-        try:
-            self._redis = library.Redis.from_url(
-                url,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=timeout_seconds,
-                socket_keepalive=True,
-                retry=library.retry.Retry(NoBackoff(), 0),
-                protocol=2,
-                client_name=name,
-            )
-            pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
-        except (ValueError, TypeError):
-            # What is wrong with it is not said: it may be a part of the password.
-            raise InvalidSetting(
-                "redis_url: this is no URL, or has an option that is none of redis-py's"
-            ) from None
+        self._redis = library.Redis.from_pool(connection_pool(library, url, name, timeout_seconds))
         self._redis.response_callbacks.clear()  # replies come as Redis gives them, as they do out of a script
         self._scripts = {script: self._redis.register_script(script).sha for script in scripts}
 

@@ -32,7 +32,8 @@ def check_priority(priority: object) -> int:
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise InvalidPriority(f"priority: an integer is needed, not {priority!r}")
     if not LOWEST <= priority <= HIGHEST:
-        raise InvalidPriority(f"priority: {priority} is not between {LOWEST} and {HIGHEST}")
+        shown = priority if priority.bit_length() < 64 else "this"  # Python writes no number of any length
+        raise InvalidPriority(f"priority: {shown} is not between {LOWEST} and {HIGHEST}")
     return priority
 
 

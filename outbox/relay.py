@@ -22,7 +22,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from outbox.errors import DatabaseUnavailable, OutboxError, RedisUnavailable, Unavailable, Unsuitable
+from outbox.errors import (
+    DamagedBatch,
+    DatabaseUnavailable,
+    OutboxError,
+    RedisUnavailable,
+    Unavailable,
+    Unsuitable,
+)
 from outbox.event import Waiting
 from outbox.housekeeper import Housekeeper
 from outbox.lanes import BEYOND, Pause
@@ -45,7 +52,7 @@ from outbox.protocol import (
     sift,
 )
 from outbox.settings import Settings
-from outbox.store import Back, Lead, Listener, Store
+from outbox.store import Back, Lead, Listener, Store, may_wait
 from outbox.streams import EMPTY, Batch, Streams, decode, encode, publishable
 from outbox.trace import Trace
 
@@ -246,7 +253,7 @@ class Relay:
             attempts = event.attempts + 1
             if error is None:
                 back.append(Back(event))
-            elif is_dead(refusal, settings.max_attempts):
+            elif is_dead(refusal, settings.max_attempts) or not may_wait(event):
                 self._store.bury(event, error, attempts)
                 log.error(
                     "event %s of %s is a dead letter after %d attempts: %s",
@@ -330,17 +337,18 @@ class Relay:
                 break
             found = self._store.journal_after(known)
             following = send_next(known, lead.batch, found[0] if found else None)
-            batch = decode(found[1])[0] if found else EMPTY
-            answer = self._publish(lead.outbox_id, known, batch, following.number)
+            batch = _read(*found) if found else EMPTY
+            damaged = batch is None
+            answer = self._publish(lead.outbox_id, known, batch or EMPTY, following.number)
             if isinstance(answer, Gone):
                 self._perform(lead, decide(known, answer, self._replay))
                 break
-            known, lost = following.number, lost + following.lost
+            known, lost = following.number, lost + following.lost + damaged
             if not _whole(answer):
                 break
         if lost:
             log.error(
-                "%d batches that Redis has forgotten are no longer in the journal: they cannot be known",
+                "%d batches that Redis has forgotten cannot be read in the journal: they cannot be known",
                 lost, extra={"action": "batches_lost"},
             )  # fmt: skip
             self._store.count_losses(batches=lost)
@@ -352,10 +360,13 @@ class Relay:
             ", ".join(lanes),
             extra={"action": "streams_lost"},
         )
-        number = 0
+        number = damaged = 0
         while (found := self._store.journal_after(number)) and found[0] <= stands:
             number = found[0]
-            batch = decode(found[1])[0]
+            batch = _read(*found)
+            damaged += batch is None
+            if batch is None:
+                continue
             for lane in {*lanes} & {*batch.lanes}:
                 # Redis remembers how far we have come.
                 answer = self._streams.restore(lead.outbox_id, stands, lane, number, batch)
@@ -365,7 +376,7 @@ class Relay:
             last = EMPTY._replace(lanes=[lane])
             if not _whole(self._streams.restore(lead.outbox_id, stands, lane, 0, last)):
                 return
-        self._store.count_losses(streams=len(lanes))
+        self._store.count_losses(streams=len(lanes), batches=damaged)
 
     def _bury(self, batch: int, reasons: Mapping[int, str]) -> None:
         """Make dead letters of events of the journal that were refused when they were sent again."""
@@ -454,3 +465,15 @@ def _whole(answer: Answer) -> bool:
     if not isinstance(answer, Added):
         raise Unavailable(f"Redis has changed while batches were sent again: {answer}")
     return not answer.refused
+
+
+def _read(number: int, body: bytes) -> Batch | None:
+    """Return a batch of the journal, or None where it is damaged."""
+    try:
+        return decode(body)[0]
+    except DamagedBatch as error:
+        log.error(
+            "batch %d of the journal is damaged, it cannot be sent again: %s",
+            number, error, extra={"action": "batch_damaged"},
+        )  # fmt: skip
+        return None

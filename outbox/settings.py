@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -25,12 +26,17 @@ OTHERS = ("OUTBOX_CONFIG", "OUTBOX_TEST_")
 
 
 USERINFO = re.compile(r"(://[^\s:/?#@]*):\S*@")
-QUERY_SECRET = re.compile(r"(?i)([?&](?:ssl)?password=)[^&\s]*")
+QUERY_SECRET = re.compile(r"(?i)([?&][a-z_]*pass[a-z]*=)[^&\s]*")
 ENCODE = "a special character of a password must be percent-encoded: @ is %40, / is %2F"
 
 
-def _setting(default: Any, doc: str, least: float | None = None, shown: bool = True) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "least": least}, repr=shown)
+MOST = 500_000_000  # of seconds, rows or bytes; what is made of them must fit an integer of PostgreSQL
+
+
+def _setting(
+    default: Any, doc: str, least: float | None = None, most: float = MOST, shown: bool = True
+) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "least": least, "most": most}, repr=shown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Settings:
     on_redis_reset: Literal["replay", "halt"] = _setting(
         "replay", "when Redis comes back empty: send the journal again, or stop publishing"
     )
-    takeover_seconds: float = _setting(5.0, "a frozen relay is replaced within this time", 1)
+    takeover_seconds: float = _setting(5.0, "a frozen relay is replaced within this time", 1, 3600)
     wake: Literal["auto", "poll"] = _setting("auto", "auto: LISTEN/NOTIFY where it works; poll: never")
     poll_seconds: float = _setting(1.0, "longest pause between two looks at an idle outbox", 0.001)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "least to be logged")
@@ -73,7 +79,9 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata["least"]
-            if least is not None and not least <= value < float("inf"):
+            if least is not None and value > field.metadata["most"]:
+                raise InvalidSetting(f"{field.name}: at most {field.metadata['most']} is allowed")
+            if least is not None and not value >= least:
                 raise InvalidSetting(f"{field.name}: at least {least} is needed, not {value}")
         for name in ("backfill_suffix", "redis_prefix"):
             value = getattr(self, name)
@@ -127,6 +135,16 @@ def redact(text: str) -> str:
     return USERINFO.sub(r"\1:***@", QUERY_SECRET.sub(r"\1***", text))
 
 
+def is_local(host: str) -> bool:
+    """Return whether what is said to a host stays on this machine."""
+    if host in ("", "localhost") or host.startswith(("/", "@")):  # the latter two are Unix sockets
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _given(
     flags: Mapping[str, Any], environ: Mapping[str, str], config: str | None
 ) -> Iterator[tuple[str, Any, str]]:
@@ -149,7 +167,7 @@ def _read(path: str) -> dict[str, Any]:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidSetting(f"config: {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not only TOML's own: a number of thousands of digits
         raise InvalidSetting(f"config: {path} is no TOML: {error}") from None
     table = content.pop("outbox", {})
     if not isinstance(table, dict):

@@ -26,6 +26,7 @@ import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import Conninfo
 from psycopg.rows import dict_row
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -126,7 +127,7 @@ WHERE id = row_id AND starts_with(event_id::text, start) RETURNING {columns}
 SIZE: LiteralString = "pg_column_size(o.payload) + coalesce(pg_column_size(o.headers), 0)"
 COLUMNS: LiteralString = (
     "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
-    "attempts, last_error"
+    "least(greatest(attempts, 0), 2147483646), last_error"  # somebody may have set them: one more must fit
 )
 
 RECORD_BATCH: LiteralString = """
@@ -169,7 +170,7 @@ SELECT outbox_id::text, batch, leader, led_at, asleep, streams_lost, batches_los
        extract(epoch FROM clock_timestamp() - published_at)::float8 AS journal_age
 FROM {relay},
      (SELECT count(*) AS dead FROM {dead}) AS dead,
-     (SELECT count(*) AS batches, coalesce(sum(octet_length(body)), 0)::bigint AS bytes,
+     (SELECT count(*) AS batches, pg_total_relation_size({journal_name}) AS bytes,
              min(published_at) AS published_at FROM {journal}) AS journal
 WHERE partition = 0
 """
@@ -208,6 +209,7 @@ WITH gone AS (
 SELECT event_id FROM gone
 """
 
+LONGEST = 2500  # bytes of stream and key that the index of refused events can hold
 HIGHER, LOWER = 32768, -32769  # beyond any smallint
 EVER = "-infinity"
 
@@ -515,8 +517,9 @@ class Store:
             raise NotMigrated(
                 f"the outbox has no tables in the schema {self._schema!r}; run: outbox-relay migrate"
             )
-        # A service that pulls `outbox.metadata` into its own history creates the table without its row.
-        connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
+        if connection.execute(self._sql("SELECT FROM {relay} WHERE partition = 0")).rowcount == 0:
+            # A service that pulls `outbox.metadata` into its own history creates the table without its row.
+            connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
 
     def _sql(self, query: LiteralString, free: bool = False, paused: bool = False) -> sql.Composed:
         """Name the tables, and say what is due, in a statement; `free`: see FREE, `paused`: see FLOWING."""
@@ -526,6 +529,7 @@ class Store:
             due += sql.SQL(FLOWING if paused else "")
             self._statements[query, free, paused] = sql.SQL(query).format(
                 **names,
+                journal_name=sql.Literal(names["journal"].as_string()),
                 due=due,
                 columns=sql.SQL(COLUMNS),
                 size=sql.SQL(SIZE),
@@ -553,9 +557,13 @@ class Store:
         except (pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName) as error:
             self.close()
             raise NotMigrated(f"{first_line(error)}; run: outbox-relay migrate") from error
-        except (psycopg.Error, UnicodeDecodeError) as error:  # a database without an encoding holds any bytes
+        except psycopg.Error as error:
             self.close()
-            raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+            error.args = (first_line(error),)  # in a traceback, too
+            raise DatabaseUnavailable(f"PostgreSQL: {error}") from error
+        except UnicodeDecodeError as error:  # a database without an encoding holds any bytes
+            self.close()
+            raise DatabaseUnavailable(f"PostgreSQL: {error}") from error
 
 
 class Listener:
@@ -620,11 +628,26 @@ def connection_arguments(url: str, takeover_seconds: float) -> dict[str, Any]:
     } | arguments
 
 
+def database_in_clear(url: str) -> list[str]:
+    """Return the hosts that a connection may speak to in clear text, folders of sockets included."""
+    # Where the URL says nothing, libpq's variables do (PGHOST, PGSSLMODE).
+    defaults = {option.keyword.decode(): (option.val or b"").decode() for option in Conninfo.get_defaults()}
+    arguments = defaults | connection_arguments(url, takeover_seconds=5.0)
+    if arguments["sslmode"] in ("require", "verify-ca", "verify-full"):
+        return []
+    return str(arguments["hostaddr"] or arguments["host"]).split(",")
+
+
 def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     """Return claimed rows in the order of the promise; RETURNING gives them in none."""
     events = [Waiting._make(row) for row in rows]
     events.sort(key=lambda event: (-event.priority, event.created_at, event.id))
     return events
+
+
+def may_wait(event: Waiting) -> bool:
+    """Return whether a refused event can wait for its retry: nothing of its key may pass it, which needs an index."""
+    return len(f"{event.stream}{event.key or ''}".encode()) <= LONGEST
 
 
 def _put_back_row(back: Back) -> tuple[Any, ...]:

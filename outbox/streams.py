@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import msgpack
 import redis
 from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from outbox.errors import InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
+from outbox.errors import DamagedBatch, InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
 from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
 from outbox.protocol import Added, Ahead, Answer, Behind, Gone, Mark, Refused
 
@@ -264,24 +263,7 @@ class Streams:
     """
 
     def __init__(self, url: str, *, prefix: str = "outbox", timeout_seconds: float = 2.0) -> None:
-        try:
-            self._redis = redis.Redis.from_url(
-                url,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=timeout_seconds,
-                socket_keepalive=True,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-                decode_responses=False,
-                client_name="outbox-relay",
-            )
-            pool = self._redis.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
-        except (ValueError, TypeError):
-            # What is wrong with it is not said: it may be a part of the password.
-            raise InvalidSetting(
-                "redis_url: this is no URL, or has an option that is none of redis-py's"
-            ) from None
+        self._redis = redis.Redis.from_pool(connection_pool(redis, url, "outbox-relay", timeout_seconds))
         self._prefix = prefix
         self._warned = False
         self._scripts = {
@@ -463,6 +445,39 @@ class Streams:
         }
 
 
+def connection_pool(library: Any, url: str, name: str, timeout_seconds: float) -> Any:
+    """Return a pool of `redis`, or of `redis.asyncio`, whose connections never send anything again by themselves.
+
+    Connects to nothing. Raises InvalidSetting for a wrong URL.
+    """
+    try:
+        pool = library.ConnectionPool.from_url(
+            url,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            retry=library.retry.Retry(NoBackoff(), 0),
+            client_name=name,
+        )
+        # What a URL says of the form of answers is for others: ours are read as bytes.
+        pool.connection_kwargs |= {"protocol": 2, "decode_responses": False}
+        if issubclass(pool.connection_class, library.Connection):  # a Unix socket knows no keepalive
+            pool.connection_kwargs.setdefault("socket_keepalive", True)
+        pool.connection_class(**pool.connection_kwargs)  # refuses an unknown option; connects to nothing
+    except (ValueError, TypeError, redis.RedisError):
+        # What is wrong with it is not said: it may be a part of the password.
+        raise InvalidSetting(
+            "redis_url: this is no URL, or has an option that is none of redis-py's"
+        ) from None
+    return pool
+
+
+def redis_in_clear(url: str) -> list[str]:
+    """Return the host that a connection speaks to in clear text; an empty name for a socket."""
+    pool = redis.ConnectionPool.from_url(url)
+    encrypted = issubclass(pool.connection_class, redis.SSLConnection)
+    return [] if encrypted else [str(pool.connection_kwargs.get("host", ""))]
+
+
 def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], str]) -> Batch:
     """Encode a batch; `lane` tells the lane of a stream and a priority. Every event must be `publishable`."""
     lanes: dict[str, int] = {}
@@ -494,10 +509,27 @@ EMPTY = Batch([], "", msgpack.packb(["", [], []]))
 
 
 def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
-    """Return a journal's body as a batch, and its events as far as the body tells."""
-    _, lanes, events = msgpack.unpackb(body)
-    batch = Batch(lanes, " ".join(f"{event[2]}:{event[3][:8]}" for event in events), body)
-    return batch, [_waiting(lanes, event) for event in events]
+    """Return a journal's body as a batch, and its events as far as the body tells. Raises DamagedBatch."""
+    try:
+        source, lanes, events = msgpack.unpackb(body)
+        _check_shape(source, lanes, events)
+        batch = Batch(lanes, " ".join(f"{event[2]}:{event[3][:8]}" for event in events), body)
+        return batch, [_waiting(lanes, event) for event in events]
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise DamagedBatch(f"{error or error.__class__.__name__}") from error
+
+
+def _check_shape(source: Any, lanes: Any, events: Any) -> None:
+    """Raise ValueError where a body is none of `encode`: the script would fail on it, again and again."""
+    strings = [source, *lanes]
+    for place, group, *parts in events:
+        if place not in range(2, len(lanes) + 2) or type(place) is not int or type(group) is not int:
+            raise ValueError("an event of no lane")
+        if len(parts) < 7 or len(parts) % 2 == 0:
+            raise ValueError("a part of an event is missing")
+        strings += [*parts[:6], *parts[7:], parts[6] or ""]
+    if not isinstance(lanes, list) or not all(isinstance(part, str) for part in strings):
+        raise ValueError("something else than text")
 
 
 def publishable(event: Waiting) -> str | None:

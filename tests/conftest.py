@@ -14,10 +14,10 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.orm import sessionmaker
 
-from outbox import migrate, testing
+from outbox import grants, migrate, testing
 from outbox.errors import OutboxError
+from tests.roles import PASSWORD, ROLES, UNDER_ROLES, WORKER, as_role, granted
 
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # workers may share a server of the environment
 TEMPLATE = f"outbox_template_{WORKER}"
 numbers = itertools.count(1)
 
@@ -80,10 +80,31 @@ def need_empty(client: redis_client.Redis) -> None:
         pytest.exit(f"{testing.REDIS_URL}: this Redis is not empty; give the tests one of their own", 2)
 
 
+@pytest.fixture(scope="session")
+def roles(postgres: testing.Server) -> Iterator[dict[str, str]]:
+    """A PostgreSQL role of this worker's own for each role of the outbox, without any right."""
+    drop = sql.SQL("DROP ROLE IF EXISTS {}").format(sql.SQL(", ").join(map(sql.Identifier, ROLES.values())))
+    with admin(postgres) as connection:
+        connection.execute(drop)
+        for name in ROLES.values():
+            create = sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}")
+            connection.execute(create.format(sql.Identifier(name), sql.Literal(PASSWORD)))
+    yield ROLES
+    with admin(postgres) as connection:
+        connection.execute(drop)
+
+
 @pytest.fixture
-def database_url(postgres: testing.Server) -> Iterator[str]:
-    """A fresh database with the outbox's tables."""
-    yield from new_database(postgres, TEMPLATE)
+def database_url(postgres: testing.Server, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh database with the outbox's tables; the URL is their owner's, see `as_role`."""
+    for url in new_database(postgres, TEMPLATE):
+        if UNDER_ROLES:
+            grants.apply(url, grants.statements(request.getfixturevalue("roles")))
+            with psycopg.connect(url.replace("+psycopg", "")) as connection:  # for its own tables
+                connection.execute(f"GRANT CREATE ON SCHEMA public TO {ROLES['service']}")
+            granted.add(url)
+        yield url
+        granted.discard(url)
 
 
 @pytest.fixture
@@ -94,8 +115,8 @@ def empty_database_url(postgres: testing.Server) -> Iterator[str]:
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    """An engine for the fresh database."""
-    engine = create_engine(database_url)
+    """An engine of the service for the fresh database."""
+    engine = create_engine(as_role(database_url, "service"))
     yield engine
     engine.dispose()
 

@@ -9,6 +9,7 @@ from sqlalchemy import Engine, String, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import RecordsEvents, event
+from tests.roles import as_owner
 
 
 class Base(DeclarativeBase):
@@ -41,7 +42,7 @@ class Customer(RecordsEvents, Base):
 
 
 def rows(engine: Engine) -> list[Any]:
-    """Return the outbox's rows in the order of their ids, payload as text."""
+    """Return the outbox's rows in the order of their ids, payload as text, as their owner sees them."""
     query = text("SELECT *, payload::text AS data FROM outbox ORDER BY id")
-    with engine.connect() as connection:
+    with as_owner(engine).connect() as connection:
         return [*connection.execute(query)]

@@ -11,6 +11,7 @@ import redis as redis_client
 
 from outbox.relay import Relay
 from outbox.settings import Settings
+from tests.roles import as_role
 
 
 class Box:
@@ -33,10 +34,13 @@ class Box:
 
     def relay(self, **settings: Any) -> Relay:
         """Make a relay; it is closed with the box. An event's retry comes at once unless set otherwise."""
-        defaults = {"backoff_seconds": 0.0, "backoff_max_seconds": 0.0}
-        relay = Relay(
-            Settings(database_url=self.database_url, redis_url=self.redis_url, **(defaults | settings))
-        )
+        defaults = {
+            "database_url": as_role(self.database_url, "relay"),
+            "redis_url": self.redis_url,
+            "backoff_seconds": 0.0,
+            "backoff_max_seconds": 0.0,
+        }
+        relay = Relay(Settings(**(defaults | settings)))
         self.relays.append(relay)
         return relay
 

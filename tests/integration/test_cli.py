@@ -25,6 +25,7 @@ from sqlalchemy import make_url
 from outbox import cli
 from outbox.settings import FIELDS, safe_url
 from outbox.store import Store
+from tests.roles import as_role
 
 Invoke = Callable[..., Result]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -49,7 +50,7 @@ def stream() -> str:
 
 @pytest.fixture
 def variables(database_url: str, redis_url: str) -> dict[str, str]:
-    return {"OUTBOX_DATABASE_URL": database_url, "OUTBOX_REDIS_URL": redis_url}
+    return {"OUTBOX_DATABASE_URL": as_role(database_url, "relay"), "OUTBOX_REDIS_URL": redis_url}
 
 
 @pytest.fixture
@@ -331,12 +332,13 @@ def test_run_once_publishes_what_is_due_and_says_how_many(
     assert (redis.xlen(stream), redis.xlen(f"{stream}:backfill")) == (2, 1)
 
 
-def test_the_start_says_which_servers_and_how(invoke: Invoke, database_url: str, redis_url: str) -> None:
+def test_the_start_says_which_servers_and_how(invoke: Invoke, variables: dict[str, str]) -> None:
+    database, redis = (safe_url(url) for url in variables.values())
     started = invoke("run", "--once", "--source", "shop").stderr.splitlines()[0]
     moment, level, action, *fields = started.split(" ")
     assert moment.endswith("Z")
     assert (level, action) == ("INFO", "relay_started")
-    assert {f"database={safe_url(database_url)}", f"redis={safe_url(redis_url)}",
+    assert {f"database={database}", f"redis={redis}",
             "schema=public", "lanes=on", "threshold=0", "batch_size=500",
             f"version={cli.version()}"} == {*fields}  # fmt: skip
 

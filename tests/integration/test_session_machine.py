@@ -25,6 +25,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from outbox import publish
+from tests.roles import as_owner
 from tests.service import Base, Counted, Customer
 
 EXAMPLES = 3000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 300
@@ -47,7 +48,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.session.close()
-        with self.engine.begin() as connection:
+        with as_owner(self.engine).begin() as connection:
             connection.execute(text("TRUNCATE outbox, customer"))
 
     # -- what a service does ------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.session.commit()
         expected = [n for n, _ in itertools.chain(*self.levels)]
         self.levels = [[]]
-        with self.engine.begin() as connection:
+        with as_owner(self.engine).begin() as connection:
             found = connection.execute(text("SELECT payload ->> 'n' FROM outbox ORDER BY id")).scalars().all()
             connection.execute(text("DELETE FROM outbox"))
         assert [int(n) for n in found] == expected
