@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
-demo: $(READY) ## the airports of the world, live bookings, and a relay that is killed on the way
+demo: $(READY) ## the airports of the world, live bookings, and a relay and a consumer killed on the way
 	@$(BIN)/outbox-relay demo
 
 test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
@@ -46,8 +46,8 @@ wheel-check: $(READY) ## build the wheel, install it alone, and run it
 	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay --version
 	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay migrate --sql | grep -q 'CREATE TABLE public.outbox' && echo "The migrations are inside."
 
-bench: $(READY) ## events per second, against the plainest loop by hand
-	@$(BIN)/python bench/relay.py
+bench: $(READY) ## the relay and the consumer, against the plainest loops by hand
+	@$(BIN)/python bench/relay.py && $(BIN)/python bench/consumer.py
 
 clean: ## remove what make has made
 	@rm -rf $(VENV) $(VENV)-sa20 $(VENV)-wheel dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -744,7 +744,7 @@ class Consumer(_Core):
 
     async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
         result = handler(*arguments)
-        if inspect.isawaitable(result):
+        if result is not None and inspect.isawaitable(result):
             worker.loop = worker.loop or asyncio.Runner()
             worker.loop.run(settled(result), context=contextvars.copy_context())
 

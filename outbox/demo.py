@@ -1,8 +1,7 @@
-"""The demo: an airline imports the airports of the world, and goes on selling seats meanwhile.
+"""The demo: the airline of `demo_service` under load, with a relay and a consumer that are killed on the way.
 
-Its first part is a service, with all that a service needs to know of outbox. The rest puts it under load: two
-producers, each a process of its own; `check` and `latencies`, which hold what was committed against what is in the
-streams; one `Play` of it all, with a relay that is killed halfway; and what is shown.
+`check`, `check_effects` and `latencies` hold what was committed against what is in the streams and what its handlers
+did; `play` is one run of it all; `show` puts the run with lanes beside the one without.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import math
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -20,9 +18,8 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -33,224 +30,32 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from sqlalchemy import NullPool, create_engine, make_url, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy import Connection, NullPool, create_engine, func, make_url, select, text
 
-from outbox import (
-    Domain,
-    Priority,
-    RecordsEvents,
-    event,
-    migrate,
-    processing_priority,
-    publish,
-    supervisor,
-    testing,
+from outbox import migrate, supervisor, testing
+from outbox.demo_service import (
+    ALERT,
+    GROUP,
+    IMPORT,
+    KINDS,
+    RATE,
+    STREAM,
+    Base,
+    Kind,
+    Notice,
+    consumer_name,
 )
 from outbox.errors import NoServer
 from outbox.loop import Every
 
-# -- the service: its events, its aggregates, its commands -----------------------------------------
-
-
-@event(stream="airport", key="icao")
-@dataclass(frozen=True)
-class AirportRegistered:
-    icao: str
-    number: int  # counts the events of its key, so that their order can be checked
-    name: str
-    country: str
-
-
-@event(stream="airport", key="icao")
-@dataclass(frozen=True)
-class AirportDetailed:
-    icao: str
-    number: int
-    detail: str
-    value: str | float
-
-
-@event(stream="booking", key="booking")
-@dataclass(frozen=True)
-class BookingChanged:
-    booking: str
-    number: int
-    state: str
-
-
-@event(stream="alert", key="icao")
-@dataclass(frozen=True)
-class RunwayClosed:
-    icao: str
-    number: int
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Airport(RecordsEvents, Base):
-    __tablename__ = "airport"
-    icao: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    country: Mapped[str]
-
-    @classmethod
-    def register(cls, data: Mapping[str, Any]) -> Airport:
-        airport = cls(icao=data["icao"], name=data["name"], country=data["country"])
-        airport.record(AirportRegistered(airport.icao, 1, airport.name, airport.country))
-        for number, detail in enumerate(("city", "elevation", "tz"), 2):
-            airport.record(AirportDetailed(airport.icao, number, detail, data[detail]))
-        return airport
-
-
-class Booking(RecordsEvents, Base):
-    __tablename__ = "booking"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    state: Mapped[str]
-    number: Mapped[int]
-
-    def change(self, state: str) -> int:
-        self.state = state
-        self.number += 1
-        self.record(BookingChanged(self.id, self.number, state))
-        return self.number
-
-
-@dataclass(frozen=True)
-class ImportAirports:
-    records: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class BookSeat:
-    booking: str
-
-
-@dataclass(frozen=True)
-class ChangeBooking:
-    booking: str
-    state: str
-
-
-@dataclass(frozen=True)
-class CloseRunway:
-    icao: str
-    number: int
-
-
-sessions = sessionmaker()
-domain = Domain(sessions)
-
-
-@domain.handles(ImportAirports)
-def import_airports(command: ImportAirports, session: Session) -> None:
-    session.add_all([Airport.register(record) for record in command.records])
-
-
-@domain.handles(BookSeat)
-def book_seat(command: BookSeat, session: Session) -> int:
-    booking = Booking(id=command.booking, number=0)
-    session.add(booking)
-    return booking.change("booked")
-
-
-@domain.handles(ChangeBooking)
-def change_booking(command: ChangeBooking, session: Session) -> int:
-    # Writers of one booking take turns on its row, so its events are in the stream as they happened.
-    return session.get_one(Booking, command.booking, with_for_update=True).change(command.state)
-
-
-@domain.handles(CloseRunway)
-def close_runway(command: CloseRunway, session: Session) -> int:
-    publish(session, RunwayClosed(command.icao, command.number))
-    return command.number
-
-
-# -- the load: two processes that tell on their standard output what they have committed -----------
-
-CHUNK = 100  # airports in a transaction
-NUMBERS = (1, 2, 3, 4)  # of the events of an airport
-RATE = 150  # commands a second besides the import
-HUBS = ("EDDF", "EGLL", "FAOR", "KJFK", "OMDB", "RJTT", "SBGR", "YSSY")
-
-
-class Kind(NamedTuple):
-    """A kind of event: what it is called, its stream, and its priority where priorities are on."""
-
-    name: str
-    stream: str
-    priority: Priority
-
-
-ALERT = Kind("alerts", "alert", Priority.CRITICAL)
-PAYMENT = Kind("payments", "booking", Priority.HIGH)
-BOOKING = Kind("bookings", "booking", Priority.NORMAL)
-IMPORT = Kind("import", "airport", Priority.BULK)
-KINDS = {kind.name: kind for kind in (ALERT, PAYMENT, BOOKING, IMPORT)}
+# -- the check: what was committed against what is in the streams, and what was done about it ------
 
 
 class Event(NamedTuple):
-    """What tells one event from all others, on both sides."""
+    """What tells one event from all others, on all sides."""
 
-    stream: str
     key: str
     number: int
-
-
-def import_all(lanes: bool) -> None:
-    """Import the airports of the world, under low priority."""
-    records = list(airportsdata.load().values())
-    with processing_priority(Priority.BULK) if lanes else nullcontext():
-        for start in range(0, len(records), CHUNK):
-            chunk = records[start : start + CHUNK]
-            domain.process(ImportAirports(chunk))
-            tell(IMPORT, [(record["icao"], number) for record in chunk for number in NUMBERS])
-
-
-def trade(lanes: bool) -> None:
-    """Book, pay, board and close runways at a steady rate, from a word on standard input until its end."""
-    sys.stdin.readline()
-    start = time.monotonic()
-    for count, (kind, key, command) in enumerate(traffic()):
-        pause = start + count / RATE - time.monotonic()
-        if select.select([sys.stdin], [], [], max(0.0, pause))[0]:
-            return
-        number = domain.process(command, priority=kind.priority if lanes else None)
-        tell(kind, [(key, number)])
-
-
-def traffic() -> Iterator[tuple[Kind, str, object]]:
-    """Yield commands without end: each booking is made, then paid, then boarded; some are always open."""
-    for number in itertools.count(1):
-        yield BOOKING, f"B{number}", BookSeat(f"B{number}")
-        if number > 20:
-            yield PAYMENT, f"B{number - 20}", ChangeBooking(f"B{number - 20}", "paid")
-        if number > 40:
-            yield BOOKING, f"B{number - 40}", ChangeBooking(f"B{number - 40}", "boarded")
-        hub = HUBS[number % len(HUBS)]
-        yield ALERT, hub, CloseRunway(hub, number)
-
-
-def tell(kind: Kind, events: Sequence[tuple[str, int]]) -> None:
-    """Tell the parent of a commit, and when it was."""
-    print(json.dumps([kind.name, time.time(), events]), flush=True)
-
-
-def produce(name: str) -> None:
-    """Be one of the two producers, on the servers in the environment."""
-    parent = os.getppid()
-    sessions.configure(bind=create_engine(os.environ["OUTBOX_DATABASE_URL"]))
-    try:
-        {"import": import_all, "trade": trade}[name](os.environ["OUTBOX_LANES"] == "on")
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) or os.getppid() != parent:
-            os._exit(1)  # the parent has gone, and the servers with it: nobody is left to tell
-        raise
-
-
-# -- the check: what was committed against what is in the streams ----------------------------------
 
 
 class Commit(NamedTuple):
@@ -267,6 +72,13 @@ class Entry(NamedTuple):
     lane: str
     event: Event
     priority: int
+    at: float
+
+
+class Effect(NamedTuple):
+    """What a handler did about an event; `at` by the clock of the machine."""
+
+    event: Event
     at: float
 
 
@@ -311,6 +123,31 @@ def check(committed: Iterable[Event], entries: Sequence[Entry]) -> Findings:
     )
 
 
+class Applied(NamedTuple):
+    """What `check_effects` has found; all but the first ought to be 0."""
+
+    effects: int
+    effects_lost: int
+    applied_twice: int
+    without_event: int
+
+    @property
+    def clean(self) -> bool:
+        return not any(self[1:])
+
+
+def check_effects(committed: Iterable[Event], effects: Sequence[Effect]) -> Applied:
+    """Hold what was committed against what the handlers did."""
+    expected = set(committed)
+    seen = Counter(effect.event for effect in effects)
+    return Applied(
+        effects=len(effects),
+        effects_lost=len(expected - seen.keys()),
+        applied_twice=len(effects) - len(seen),
+        without_event=len(seen.keys() - expected),
+    )
+
+
 class Gap(NamedTuple):
     """The time round the kill of a relay in which what was committed had to wait for the next relay."""
 
@@ -328,16 +165,26 @@ def gap_round(restarted_at: float, entries: Sequence[Entry]) -> Gap:
     return Gap(min(before, default=restarted_at), min(after, default=math.inf))
 
 
-def latencies(commits: Sequence[Commit], entries: Sequence[Entry], gap: Gap) -> dict[str, list[float]]:
-    """Return the seconds from commit to stream, sorted, by kind; in the gap, by the kind "gap"."""
-    arrived = {entry.event: entry.at for entry in reversed(entries)}
-    found: dict[str, list[float]] = {name: [] for name in (*KINDS, "gap")}
+def latencies(
+    commits: Sequence[Commit], effects: Sequence[Effect], gap: Gap, in_hand: Collection[Event] = ()
+) -> dict[str, list[float]]:
+    """Return the seconds from commit to effect, sorted, by kind.
+
+    Live events that were committed in the gap of the relay, or were in hand of the killed consumer, are of the
+    kind "hit by a kill".
+    """
+    done = {effect.event: effect.at for effect in sorted(effects, key=lambda effect: -effect.at)}
+    found: dict[str, list[float]] = {name: [] for name in (*KINDS, HIT)}
     for commit in commits:
-        in_gap = gap.start <= commit.at < gap.end and commit.kind is not IMPORT
-        name = "gap" if in_gap else commit.kind.name
-        # An id has no more than milliseconds, so that it may lie just before the commit.
-        found[name] += [max(0.0, arrived[event] - commit.at) for event in commit.events if event in arrived]
+        in_gap = gap.start <= commit.at < gap.end
+        for event in commit.events:
+            hit = commit.kind is not IMPORT and (in_gap or event in in_hand)
+            if event in done:  # which may have been before the commit's return reached the producer
+                found[HIT if hit else commit.kind.name].append(max(0.0, done[event] - commit.at))
     return {name: sorted(values) for name, values in found.items()}
+
+
+HIT = "hit by a kill"
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -345,7 +192,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
-# -- one run: import, trade, and a relay that is killed halfway ------------------------------------
+# -- the processes ---------------------------------------------------------------------------------
 
 
 class Stalled(Exception):
@@ -357,7 +204,7 @@ class Producer:
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "outbox.demo", name],
+            [sys.executable, "-m", "outbox.demo_service", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -380,8 +227,7 @@ class Producer:
         assert self._process.stdout
         for line in self._process.stdout:
             name, at, pairs = json.loads(line)
-            kind = KINDS[name]
-            self.commits.append(Commit(kind, at, [Event(kind.stream, key, number) for key, number in pairs]))
+            self.commits.append(Commit(KINDS[name], at, [Event(*pair) for pair in pairs]))
 
     def start(self) -> None:
         """Say the word that the producer of the trade waits for."""
@@ -404,18 +250,18 @@ class Producer:
         return not self._reader.is_alive()
 
 
-class RelayProcess:
-    """`outbox-relay run`, under a supervisor that ends it when this process has gone."""
+class Daemon:
+    """A relay or a consumer, under a supervisor that ends it when this process has gone."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="outbox-relay-"))
+    def __init__(self, name: str, module_and_arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=f"outbox-{name}-"))
         order: dict[str, Any] = {
             "folder": str(self._folder),
             "signal": signal.SIGTERM,
             "user": None,
             "group": None,
         }
-        order["command"] = [sys.executable, "-m", "outbox.cli", "run"]
+        order["command"] = [sys.executable, "-m", *module_and_arguments]
         self._supervisor = subprocess.Popen(
             [sys.executable, "-I", "-S", supervisor.__file__, json.dumps(order)],
             stdin=subprocess.PIPE,
@@ -424,6 +270,7 @@ class RelayProcess:
             env=environ,
             start_new_session=True,
         )
+        self.pid = 0
 
     def __enter__(self) -> Self:
         return self
@@ -436,12 +283,14 @@ class RelayProcess:
         self._supervisor.wait()
 
     def start(self) -> int:
-        """Start a relay, and return its process id."""
-        return int(self._tell("start"))
+        """Start the process, and return its id."""
+        self.pid = int(self._tell("start"))
+        return self.pid
 
-    def kill(self) -> None:
-        """Kill the relay with signal 9."""
+    def kill(self) -> int:
+        """Kill the process with signal 9, and return the id that it had."""
         self._tell("kill")
+        return self.pid
 
     def log(self) -> str:
         log = self._folder / "log"
@@ -455,38 +304,90 @@ class RelayProcess:
         return self._supervisor.stdout.readline()
 
 
-STREAMS = ("alert", "booking", "airport")
-LANES = {"primary": STREAMS, "backfill": tuple(f"{stream}:backfill" for stream in STREAMS)}
-AIRPORTS = len(airportsdata.load())
-TO_IMPORT = AIRPORTS * len(NUMBERS)  # events
+# -- the watch: what is seen of a run --------------------------------------------------------------
+
+LANES = {"primary": STREAM, "backfill": f"{STREAM}:backfill"}
+AIRPORTS = len(airportsdata.load("IATA"))  # each is an event
 PATIENCE_SECONDS = 20
 
 
+class Servers(NamedTuple):
+    """What the run has come to, as PostgreSQL and Redis see it."""
+
+    database: Connection
+    streams: Any
+
+    def published(self) -> Counter[str]:
+        return Counter({lane: self.streams.xlen(stream) for lane, stream in LANES.items()})
+
+    def handled(self) -> int:
+        return self.database.scalars(select(func.count()).select_from(Notice)).one()
+
+    def effects(self) -> list[Effect]:
+        rows = self.database.execute(select(Notice.key, Notice.number, Notice.at))
+        return [Effect(Event(key, number), at) for key, number, at in rows]
+
+    def entries(self) -> list[Entry]:
+        """Return the entries of all lanes, each lane's in its order."""
+        return [entry for lane in LANES.values() for entry in self._entries(lane)]
+
+    def in_hand(self, consumer: int) -> set[Event]:
+        """Return the events that a consumer was given and has not acked, by its process id."""
+        found = set()
+        for lane in LANES.values():
+            for pending in self.streams.xpending_range(lane, GROUP, "-", "+", 1000, consumer_name(consumer)):
+                ((_, fields),) = self.streams.xrange(lane, pending["message_id"], pending["message_id"])
+                found.add(_event(fields))
+        return found
+
+    def _entries(self, lane: str) -> Iterator[Entry]:
+        start = "-"
+        while page := self.streams.xrange(lane, start, count=5000):
+            for entry_id, fields in page:
+                milliseconds = int(entry_id.partition(b"-")[0])
+                yield Entry(lane, _event(fields), int(fields[b"priority"]), milliseconds / 1000)
+            start = f"({page[-1][0].decode()}"
+
+
+def _event(fields: Mapping[bytes, bytes]) -> Event:
+    return Event(fields[b"subject"].decode(), json.loads(fields[b"data"])["number"])
+
+
 class Moment(NamedTuple):
-    """How many events are committed and published, by lane, and how many airports are imported."""
+    """How many events are committed and published, by lane, and imported and handled."""
 
     at: float
     imported: int
     committed: Counter[str]
     published: Counter[str]
+    handled: int
 
-    def waiting(self) -> int:
-        return self.committed.total() - self.published.total()
+    def unhandled(self) -> int:
+        return self.committed.total() - self.handled
+
+
+class Pace(NamedTuple):
+    """What a moment looks like beside an earlier one. Rates are events a second."""
+
+    waiting: dict[str, int]  # in PostgreSQL, by lane
+    rates: dict[str, float]  # to Redis, by lane
+    handled: int
+    handled_rate: float
 
 
 class Watch:
     """Wait for one thing after another, and draw meanwhile: a picture on a terminal, lines elsewhere."""
 
     def __init__(
-        self, console: Console, streams: Any, commits_by_lane: Mapping[str, Sequence[list[Commit]]]
+        self, console: Console, servers: Servers, commits_by_lane: Mapping[str, Sequence[list[Commit]]]
     ) -> None:
-        self._console, self._streams, self._commits = console, streams, commits_by_lane
+        self._console, self._servers, self._commits = console, servers, commits_by_lane
         self._started = time.monotonic()
         self._live = (
             Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         )
-        self._redraw = Every(0.1 if self._live else 1.0)
-        self._drawn = deque([self.look()], maxlen=11 if self._live else 2)  # the last second
+        self._redraw = Every(0.1 if self._live else 2.0)
+        self._drawn = deque([self.look()], maxlen=11 if self._live else 2)  # the last second or two
 
     def __enter__(self) -> Self:
         if self._live:
@@ -498,15 +399,15 @@ class Watch:
             self._live.stop()
 
     def look(self) -> Moment:
-        """Count what is published, and then what is committed."""
-        published = {lane: sum(map(self._streams.xlen, streams)) for lane, streams in LANES.items()}
+        """Count what is handled, then what is published, and then what is committed."""
+        handled, published = self._servers.handled(), self._servers.published()
         committed: Counter[str] = Counter()
         imported = 0
         for lane, lists in self._commits.items():
             for commit in itertools.chain(*lists):
                 committed[lane] += len(commit.events)
-                imported += len(commit.events) // len(NUMBERS) if commit.kind is IMPORT else 0
-        return Moment(time.monotonic(), imported, committed, Counter(published))
+                imported += len(commit.events) if commit.kind is IMPORT else 0
+        return Moment(time.monotonic(), imported, committed, published, handled)
 
     def until(self, condition: Callable[[Moment], object]) -> Moment:
         """Look until the condition holds, and return what was seen then. Raises Stalled."""
@@ -516,11 +417,11 @@ class Watch:
                 moved = now
             if now.at > moved.at + PATIENCE_SECONDS:
                 raise Stalled(
-                    f"nothing has moved for {PATIENCE_SECONDS} s, and {now.waiting():,} events wait"
+                    f"nothing has moved for {PATIENCE_SECONDS} s, and {now.unhandled():,} events wait"
                 )
             if self._redraw.due():
                 self._draw(now)
-            time.sleep(0.03)
+            time.sleep(0.05)
             now = self.look()
         return now
 
@@ -532,100 +433,152 @@ class Watch:
 
     def _draw(self, now: Moment) -> None:
         self._drawn.append(now)
-        before = self._drawn[0]
-        seconds = max(0.001, now.at - before.at)
-        rates = {lane: (now.published[lane] - before.published[lane]) / seconds for lane in self._commits}
-        waiting = {lane: max(0, now.committed[lane] - now.published[lane]) for lane in self._commits}
+        pace = self._pace(self._drawn[0], now)
         if self._live:
-            self._live.update(_picture(now.imported, rates, waiting), refresh=True)
+            self._live.update(_picture(now, pace), refresh=True)
         else:
-            parts = [f"{lane} {rates[lane]:,.0f}/s, {waiting[lane]:,} waiting" for lane in rates]
+            parts = [
+                f"{lane} {pace.waiting[lane]:,} wait, {rate:,.0f}/s" for lane, rate in pace.rates.items()
+            ]
+            parts.append(f"{now.handled:,} handled, {pace.handled_rate:,.0f}/s")
             self.say("; ".join([f"{now.imported:,} airports imported", *parts]))
 
-
-def _picture(imported: int, rates: Mapping[str, float], waiting: Mapping[str, int]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_row(
-        "imported", ProgressBar(AIRPORTS, imported, width=40), f"{imported:,} of {AIRPORTS:,} airports"
-    )
-    for lane, rate in rates.items():
-        backlog = ProgressBar(
-            TO_IMPORT, waiting[lane], width=40, complete_style="yellow", finished_style="yellow"
+    def _pace(self, before: Moment, now: Moment) -> Pace:
+        seconds = max(0.001, now.at - before.at)
+        return Pace(
+            {lane: max(0, now.committed[lane] - now.published[lane]) for lane in self._commits},
+            {lane: (now.published[lane] - before.published[lane]) / seconds for lane in self._commits},
+            now.handled,
+            (now.handled - before.handled) / seconds,
         )
-        grid.add_row(lane, backlog, f"{waiting[lane]:,} events wait, {rate:,.0f} go out a second")
+
+
+def _picture(now: Moment, pace: Pace) -> Table:
+    def bar(share: int, style: str) -> ProgressBar:
+        return ProgressBar(total, share, width=40, complete_style=style, finished_style=style)
+
+    total = max(AIRPORTS, now.committed.total())
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("imported", bar(now.imported, "blue"), f"{now.imported:,} of {AIRPORTS:,} airports")
+    for lane, rate in pace.rates.items():
+        said = f"{pace.waiting[lane]:,} events wait in PostgreSQL, {rate:,.0f} go out a second"
+        grid.add_row(lane, bar(pace.waiting[lane], "yellow"), said)
+    said = f"{now.handled:,} of {now.committed.total():,} events, {pace.handled_rate:,.0f} a second"
+    grid.add_row("handled", bar(now.handled, "green"), said)
     return grid
+
+
+# -- one run: import, trade, and a relay and a consumer that are killed on the way -----------------
 
 
 class Outcome(NamedTuple):
     """What a run has shown. Latencies are in seconds, sorted, by the name of their kind."""
 
     findings: Findings
+    applied: Applied
     latencies: dict[str, list[float]]
-    gap: Gap
+
+    @property
+    def clean(self) -> bool:
+        return self.findings.clean and self.applied.clean
+
+
+class Cast(NamedTuple):
+    """The processes of a run."""
+
+    importer: Producer
+    trader: Producer
+    relay: Daemon
+    consumers: tuple[Daemon, Daemon]
+
+    def commits(self) -> list[Commit]:
+        return self.importer.commits + self.trader.commits
 
 
 def play(console: Console, database_url: str, redis_url: str, lanes: bool) -> Outcome:
-    """Import and trade while a relay works, kill it halfway, start another, and check the streams."""
+    """Import, trade, relay and handle, kill a relay and a consumer meanwhile, and check what came of it."""
+    with ExitStack() as stack:
+        engine = create_engine(database_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        servers = Servers(
+            stack.enter_context(engine.connect()), stack.enter_context(Redis.from_url(redis_url))
+        )
+        cast = _cast(stack, _environ(database_url, redis_url, lanes))
+        by_lane = {"primary": [cast.trader.commits, cast.importer.commits]}
+        if lanes:
+            by_lane = {"primary": [cast.trader.commits], "backfill": [cast.importer.commits]}
+        with Watch(console, servers, by_lane) as watch:
+            restarted_at, in_hand = _perform(watch, servers, cast)
+        commits, entries, effects = cast.commits(), servers.entries(), servers.effects()
+    committed = [event for commit in commits for event in commit.events]
+    gap = gap_round(restarted_at, entries)
+    return Outcome(
+        check(committed, entries),
+        check_effects(committed, effects),
+        latencies(commits, effects, gap, in_hand),
+    )
+
+
+def _environ(database_url: str, redis_url: str, lanes: bool) -> dict[str, str]:
     ours = {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "LANES": "on" if lanes else "off"}
     environ = {name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")}
-    environ |= {f"OUTBOX_{name}": value for name, value in ours.items()}
-    with (
-        Redis.from_url(redis_url) as streams,
-        Producer("import", environ) as importer,
-        Producer("trade", environ) as trader,
-        RelayProcess(environ) as relay,
-    ):
-        by_lane = {"primary": [trader.commits, importer.commits]}
-        if lanes:
-            by_lane = {"primary": [trader.commits], "backfill": [importer.commits]}
-        with Watch(console, streams, by_lane) as watch:
-            restarted_at = _perform(watch, importer, trader, relay)
-        commits, entries = importer.commits + trader.commits, read(streams)
-    findings = check((event for commit in commits for event in commit.events), entries)
-    gap = gap_round(restarted_at, entries)
-    return Outcome(findings, latencies(commits, entries, gap), gap)
+    return environ | {f"OUTBOX_{name}": value for name, value in ours.items()}
 
 
-def _perform(watch: Watch, importer: Producer, trader: Producer, relay: RelayProcess) -> float:
-    """Let it all happen, and return the time at which the second relay was started."""
+def _cast(stack: ExitStack, environ: Mapping[str, str]) -> Cast:
+    """Make the processes, which go with the stack."""
+
+    def consumer() -> Daemon:
+        return stack.enter_context(Daemon("consumer", ["outbox.demo_service", "consume"], environ))
+
+    return Cast(
+        stack.enter_context(Producer("import", environ)),
+        stack.enter_context(Producer("trade", environ)),
+        stack.enter_context(Daemon("relay", ["outbox.cli", "run"], environ)),
+        (consumer(), consumer()),
+    )
+
+
+def _perform(watch: Watch, servers: Servers, cast: Cast) -> tuple[float, set[Event]]:
+    """Let it all happen; return when the second relay was started, and what the killed consumer had in hand."""
     watch.say("the import begins; no relay runs yet")
     now = watch.until(lambda now: now.imported >= AIRPORTS * 3 // 4)
-    first = relay.start()
-    watch.say(f"relay {first} starts, with {now.waiting():,} events to catch up on")
+    watch.say(f"relay {cast.relay.start()} starts, with {now.committed.total():,} events to catch up on")
+    watch.say("consumers {} and {} start".format(*(consumer.start() for consumer in cast.consumers)))
     watch.until(lambda now: now.published.total())
-    trader.start()
+    cast.trader.start()
     watch.say(f"live from here on: alerts, payments and bookings, {RATE} a second")
-    now = watch.until(lambda now: now.published.total() > TO_IMPORT // 2)
-    relay.kill()
-    second = relay.start()
-    restarted_at = time.time()
-    watch.say(
-        f"[bold red]kill -9 {first}[/]: {now.published.total():,} events are out, {now.waiting():,} wait; "
-        f"relay {second} starts"
-    )
-    watch.until(lambda now: importer.done() and now.waiting() < RATE)
-    trader.stop()
+    restarted_at = _kill_relay(watch, cast.relay)
+    in_hand = _kill_consumer(watch, servers, cast.consumers[0])
+    watch.until(lambda now: cast.importer.done() and now.unhandled() < RATE)
+    cast.trader.stop()
     with suppress(Stalled):  # the check will tell what is lost
-        watch.until(lambda now: now.waiting() <= 0)
-        watch.say("no event waits any more")
+        watch.until(lambda now: now.unhandled() <= 0)
+        watch.say("every event is handled")
+    return restarted_at, in_hand
+
+
+def _kill_relay(watch: Watch, relay: Daemon) -> float:
+    """Kill the relay when half of the import is out; return when the next one was started."""
+    now = watch.until(lambda now: now.published.total() > AIRPORTS // 2)
+    killed, started, at = relay.kill(), relay.start(), time.time()
+    out, wait = now.published.total(), now.committed.total() - now.published.total()
+    watch.say(f"[bold red]kill -9 {killed}[/]: {out:,} events are out, {wait:,} wait; relay {started} starts")
+    now = watch.until(lambda later: later.published.total() > out)
     if adopted := re.search("batch_adopted (.*)", relay.log()):
-        watch.say(f"relay {second} has {adopted[1]}")
-    return restarted_at
+        watch.say(f"relay {started} has {adopted[1]}")
+    return at
 
 
-def read(streams: Any) -> list[Entry]:
-    """Return the entries of all lanes, each lane's in its order."""
-    return [entry for lanes in LANES.values() for lane in lanes for entry in _read_lane(streams, lane)]
-
-
-def _read_lane(streams: Any, lane: str) -> Iterator[Entry]:
-    stream, start = lane.removesuffix(":backfill"), "-"
-    while page := streams.xrange(lane, start, count=5000):
-        for entry_id, fields in page:
-            key, number = fields[b"subject"].decode(), json.loads(fields[b"data"])["number"]
-            milliseconds = int(entry_id.partition(b"-")[0])
-            yield Entry(lane, Event(stream, key, number), int(fields[b"priority"]), milliseconds / 1000)
-        start = f"({page[-1][0].decode()}"
+def _kill_consumer(watch: Watch, servers: Servers, consumer: Daemon) -> set[Event]:
+    """Kill a consumer when half of the import is handled; return the events that it had in hand."""
+    now = watch.until(lambda now: now.handled > AIRPORTS // 2)
+    killed = consumer.kill()
+    in_hand = servers.in_hand(killed)
+    watch.say(
+        f"[bold red]kill -9 {killed}[/]: {now.handled:,} events are handled, it had {len(in_hand)} in hand; "
+        f"consumer {consumer.start()} starts"
+    )
+    return in_hand
 
 
 # -- what is shown ---------------------------------------------------------------------------------
@@ -646,7 +599,7 @@ def run(console: Console) -> int:
                 outcomes.append(play(console, url, broker.url, lanes))
     on, off = outcomes
     show(console, on, off)
-    return 0 if on.findings.clean and off.findings.clean else 1
+    return 0 if on.clean and off.clean else 1
 
 
 @contextmanager
@@ -678,24 +631,30 @@ def _empty_redis(url: str) -> Iterator[None]:
 
 def show(console: Console, on: Outcome, off: Outcome) -> None:
     """Show both runs together; the last line is what became of the events with lanes on."""
-    console.rule("How long from commit to stream", align="left")
-    console.print(_latency_table(on, off, "#" if console.options.ascii_only else "█"))
-    console.print(HOW_MEASURED, style="dim", highlight=False)
     console.rule("What has arrived", align="left")
     console.print(_check_table(on, off))
+    console.rule("How long from commit to handled", align="left")
+    console.print(_latency_table(on, off, "#" if console.options.ascii_only else "█"))
+    console.print(HOW_MEASURED, style="dim", highlight=False)
     with_lanes, without = (percentile(outcome.latencies[ALERT.name], 0.99) for outcome in (on, off))
-    said = f"99 of 100 alerts took at most {_time(with_lanes)} with lanes, {_time(without)} without."
+    said = f"99 of 100 alerts were handled within {_time(with_lanes)} with lanes, {_time(without)} without."
     console.print(said, highlight=False)
     only_late = "nothing went missing, came twice or out of turn; it was only late"
-    console.print(f"Lanes off: {only_late if off.findings.clean else off.findings}.")
+    console.print(f"Lanes off: {only_late if off.clean else f'{off.findings}; {_effects(off)}'}.")
+    console.print(f"Effects: {_effects(on)}.", highlight=False)
     console.print(str(on.findings), highlight=False)
 
 
 HOW_MEASURED = (
-    "From the return of the producer's commit to the time in the id of the stream's entry, by the one clock of this "
-    "machine. What was committed too late for the killed relay, and before the next one was at work, has rows of its "
-    "own; the import is counted whole, from before the first relay started."
+    "From the return of the producer's commit to the handler's write, by the one clock of this machine. What was "
+    "committed while no relay ran, or was in hand of the killed consumer, has rows of its own; the import is counted "
+    "whole, from before the first relay started."
 )
+
+
+def _effects(outcome: Outcome) -> str:
+    effects, lost, twice, _ = outcome.applied
+    return f"{outcome.findings.committed:,} events, {effects:,} effects; lost {lost}, applied twice {twice}"
 
 
 def _latency_table(on: Outcome, off: Outcome, block: str) -> Table:
@@ -716,9 +675,7 @@ def _latency_table(on: Outcome, off: Outcome, block: str) -> Table:
     return table
 
 
-LABELS = {kind.name: f"{kind.name}, {kind.priority.name}" for kind in KINDS.values()} | {
-    "gap": "while no relay ran"
-}
+LABELS = {kind.name: f"{kind.name}, {kind.priority.name}" for kind in KINDS.values()} | {HIT: HIT}
 
 
 def _time(seconds: float) -> str:
@@ -730,15 +687,7 @@ def _check_table(on: Outcome, off: Outcome) -> Table:
     table.add_column("")
     for head in ("lanes on", "lanes off"):
         table.add_column(head, justify="right")
-    for name in Findings._fields:
-        table.add_row(
-            name.replace("_", " "), *(f"{getattr(outcome.findings, name):,}" for outcome in (on, off))
-        )
-    table.add_row(
-        "time without a relay", *(_time(outcome.gap.end - outcome.gap.start) for outcome in (on, off))
-    )
+    rows = ({**outcome.findings._asdict(), **outcome.applied._asdict()} for outcome in (on, off))
+    for (name, with_lanes), without in zip(next(rows).items(), next(rows).values(), strict=True):
+        table.add_row(name.replace("_", " "), f"{with_lanes:,}", f"{without:,}")
     return table
-
-
-if __name__ == "__main__":
-    produce(sys.argv[1])

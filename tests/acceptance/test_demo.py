@@ -15,7 +15,21 @@ import pytest
 from rich.console import Console
 
 from outbox import demo
-from outbox.demo import ALERT, BOOKING, IMPORT, KINDS, Commit, Entry, Event, Findings, Gap, Outcome
+from outbox.demo import (
+    ALERT,
+    HIT,
+    IMPORT,
+    KINDS,
+    Applied,
+    Commit,
+    Effect,
+    Entry,
+    Event,
+    Findings,
+    Gap,
+    Outcome,
+)
+from outbox.demo_service import BOOKING
 from outbox.errors import NoServer
 
 ZEROS = "lost 0, repeated 0, out of order 0"
@@ -23,11 +37,11 @@ HIGH, NORMAL = 50, 0
 GIVEN = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_REDIS_URL")
 
 
-def event(number: int, key: str = "b1", stream: str = "booking") -> Event:
-    return Event(stream, key, number)
+def event(number: int, key: str = "b1") -> Event:
+    return Event(key, number)
 
 
-def entry(event: Event, priority: int = NORMAL, at: float = 0.0, lane: str = "booking") -> Entry:
+def entry(event: Event, priority: int = NORMAL, at: float = 0.0, lane: str = "airline") -> Entry:
     return Entry(lane, event, priority, at)
 
 
@@ -65,12 +79,12 @@ def test_each_fault_is_counted_as_what_it_is(streamed, faults):
 
 
 def test_a_repetition_in_the_other_lane_is_one():
-    found = demo.check([FIRST], [entry(FIRST), entry(FIRST, lane="booking:backfill")])
+    found = demo.check([FIRST], [entry(FIRST), entry(FIRST, lane="airline:backfill")])
     assert (found.repeated, found.out_of_order) == (1, 0)
 
 
-def test_the_same_number_of_another_stream_or_key_is_another_event():
-    others = [event(1), event(1, key="b2"), event(1, stream="alert")]
+def test_the_same_number_of_another_key_is_another_event():
+    others = [event(1), event(1, key="b2"), event(1, key="b3")]
     assert demo.check(others, list(map(entry, others))).clean
     assert demo.check(others, [entry(others[0])] * 3) == Findings(3, 3, 2, 2, 0, 0)
 
@@ -79,25 +93,45 @@ def test_order_is_that_of_a_lane_a_key_and_a_priority():
     assert demo.check([FIRST, SECOND], [entry(SECOND, HIGH), entry(FIRST, NORMAL)]).clean
     other = event(1, key="b2")
     assert demo.check([SECOND, other], [entry(SECOND), entry(other)]).clean
-    alert = event(1, stream="alert")
-    assert demo.check([SECOND, alert], [entry(SECOND), entry(alert, lane="alert")]).clean
+    assert demo.check([FIRST, SECOND], [entry(SECOND), entry(FIRST, lane="airline:backfill")]).clean
     assert demo.check([FIRST, SECOND], [entry(SECOND, HIGH), entry(FIRST, HIGH)]).out_of_order == 1
 
 
-def test_an_event_is_late_by_its_first_arrival_and_a_lost_one_by_nothing():
+@pytest.mark.parametrize(
+    ("handled", "faults"),
+    [
+        pytest.param([FIRST, THIRD, SECOND], {}, id="clean, in any order"),
+        pytest.param([FIRST, THIRD], {"effects_lost": 1}, id="lost"),
+        pytest.param([], {"effects_lost": 3}, id="all lost"),
+        pytest.param([FIRST, SECOND, THIRD, SECOND], {"applied_twice": 1}, id="twice"),
+        pytest.param([FIRST, SECOND, SECOND], {"effects_lost": 1, "applied_twice": 1}, id="another twice"),
+        pytest.param([FIRST, SECOND, THIRD, event(4)], {"without_event": 1}, id="of nothing"),
+    ],
+)
+def test_each_fault_of_the_effects_is_counted_as_what_it_is(handled, faults):
+    found = demo.check_effects([FIRST, SECOND, THIRD], [Effect(event, 0.0) for event in handled])
+    none = dict.fromkeys(("effects_lost", "applied_twice", "without_event"), 0)
+    assert found == Applied(len(handled), **(none | faults))
+    assert found.clean == (not faults)
+
+
+def test_an_event_is_late_by_its_first_effect_and_a_lost_one_by_nothing():
     commits = [Commit(BOOKING, 10.0, [FIRST, SECOND]), Commit(BOOKING, 10.5, [THIRD])]
-    entries = [entry(THIRD, at=10.75), entry(FIRST, at=11.0), entry(FIRST, at=99.0)]
-    found = demo.latencies(commits, entries, Gap(0.0, 0.0))
-    assert found == {name: [] for name in (*KINDS, "gap")} | {BOOKING.name: [0.25, 1.0]}
+    effects = [Effect(THIRD, 10.75), Effect(FIRST, 99.0), Effect(FIRST, 11.0)]
+    found = demo.latencies(commits, effects, Gap(0.0, 0.0))
+    assert found == {name: [] for name in (*KINDS, HIT)} | {BOOKING.name: [0.25, 1.0]}
 
 
-def test_only_live_events_of_the_gap_are_set_apart():
-    alert, airport = event(1, "EDDF", "alert"), event(1, "EDDF", "airport")
-    entries = [entry(FIRST, at=19.5), entry(SECOND, at=21.0), entry(alert, at=22.0), entry(airport, at=23.0)]
+def test_only_live_events_that_a_kill_has_hit_are_set_apart():
+    alert, airport = event(1, "EDDF"), event(1, "DE")
+    effects = [Effect(FIRST, 19.5), Effect(SECOND, 21.0), Effect(alert, 22.0), Effect(airport, 23.0)]
     commits = [Commit(BOOKING, 19.0, [FIRST]), Commit(BOOKING, 20.0, [SECOND])]
     commits += [Commit(ALERT, 21.0, [alert]), Commit(IMPORT, 20.0, [airport])]
-    found = demo.latencies(commits, entries, Gap(20.0, 21.0))
-    assert (found["gap"], found[ALERT.name], found[BOOKING.name]) == ([1.0], [1.0], [0.5])
+    found = demo.latencies(commits, effects, Gap(20.0, 21.0))
+    assert (found[HIT], found[ALERT.name], found[BOOKING.name]) == ([1.0], [1.0], [0.5])
+    assert found[IMPORT.name] == [3.0]
+    found = demo.latencies(commits, effects, Gap(0.0, 0.0), in_hand={alert, airport})
+    assert (found[HIT], found[ALERT.name], found[BOOKING.name]) == ([1.0], [], [0.5, 1.0])
     assert found[IMPORT.name] == [3.0]
 
 
@@ -117,40 +151,54 @@ def test_a_percentile_is_one_of_the_values(share, value):
 # -- the verdict -----------------------------------------------------------------------------------
 
 
+CLEAN, APPLIED = Findings(5, 5, 0, 0, 0, 0), Applied(5, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("with_lanes", "last_line", "code"),
+    ("findings", "applied", "last_line", "code"),
     [
-        (Findings(5, 5, 0, 0, 0, 0), ZEROS, 0),
-        (Findings(5, 4, 1, 0, 0, 0), "lost 1, repeated 0, out of order 0", 1),
-        (Findings(5, 7, 0, 2, 0, 0), "lost 0, repeated 2, out of order 0", 1),
-        (Findings(5, 5, 0, 0, 3, 0), "lost 0, repeated 0, out of order 3", 1),
-        (Findings(5, 6, 0, 0, 0, 1), ZEROS, 1),  # not in the line, and yet no success
+        (CLEAN, APPLIED, ZEROS, 0),
+        (Findings(5, 4, 1, 0, 0, 0), APPLIED, "lost 1, repeated 0, out of order 0", 1),
+        (Findings(5, 7, 0, 2, 0, 0), APPLIED, "lost 0, repeated 2, out of order 0", 1),
+        (Findings(5, 5, 0, 0, 3, 0), APPLIED, "lost 0, repeated 0, out of order 3", 1),
+        (Findings(5, 6, 0, 0, 0, 1), APPLIED, ZEROS, 1),  # not in the line, and yet no success
+        (CLEAN, Applied(4, 1, 0, 0), ZEROS, 1),  # in a line of its own
+        (CLEAN, Applied(6, 0, 1, 0), ZEROS, 1),
+        (CLEAN, Applied(6, 0, 0, 1), ZEROS, 1),
     ],
 )
 def test_the_last_line_and_the_exit_code_are_what_was_found_with_lanes(
-    monkeypatch, with_lanes, last_line, code
+    monkeypatch, findings, applied, last_line, code
 ):
-    found = {True: with_lanes, False: Findings(5, 5, 0, 0, 0, 0)}
-    assert played(monkeypatch, found) == (code, last_line)
+    assert played(monkeypatch, (findings, applied), (CLEAN, APPLIED))[::2] == (code, last_line)
 
 
-def test_the_comparison_never_reaches_the_last_line(monkeypatch):
-    found = {True: Findings(5, 5, 0, 0, 0, 0), False: Findings(5, 8, 1, 4, 2, 0)}
-    assert played(monkeypatch, found)[1] == ZEROS
+def test_the_effects_have_their_own_line(monkeypatch):
+    _, line, _ = played(monkeypatch, (CLEAN, Applied(7, 1, 3, 0)), (CLEAN, APPLIED))
+    assert line == "Effects: 5 events, 7 effects; lost 1, applied twice 3."
 
 
-def played(monkeypatch: pytest.MonkeyPatch, found: dict[bool, Findings]) -> tuple[int, str]:
-    """Run the demo with these findings in place of its two plays; return the exit code and the last line."""
+@pytest.mark.parametrize("off", [(Findings(5, 8, 1, 4, 2, 0), APPLIED), (CLEAN, Applied(6, 0, 1, 0))])
+def test_the_comparison_never_reaches_the_last_lines_and_yet_counts(monkeypatch, off):
+    expected = (1, "Effects: 5 events, 5 effects; lost 0, applied twice 0.", ZEROS)
+    assert played(monkeypatch, (CLEAN, APPLIED), off) == expected
+
+
+def played(
+    monkeypatch: pytest.MonkeyPatch, on: tuple[Findings, Applied], off: tuple[Findings, Applied]
+) -> tuple[int, str, str]:
+    """Run the demo with these findings in place of its two plays; return the exit code and the last two lines."""
 
     def play(console: Console, database_url: str, redis_url: str, lanes: bool) -> Outcome:
-        return Outcome(found[lanes], {name: [0.1] for name in (*KINDS, "gap")}, Gap(1.0, 2.0))
+        return Outcome(*(on if lanes else off), {name: [0.1] for name in (*KINDS, HIT)})
 
     monkeypatch.setattr(demo, "play", play)
     for name in GIVEN:
         monkeypatch.delenv(name, raising=False)
     output = io.StringIO()
     code = demo.run(Console(file=output, width=100))
-    return code, output.getvalue().splitlines()[-1]
+    effects, last = output.getvalue().splitlines()[-2:]
+    return code, effects, last
 
 
 def test_a_redis_with_anything_in_it_is_left_alone(redis_url, redis):
@@ -191,23 +239,25 @@ def test_the_demo_from_start_to_end():
     assert (process.returncode, errors) == (0, "")
     assert output.splitlines()[-1] == ZEROS
     assert output.splitlines().count(ZEROS) == 1, "the comparison must not be taken for the product"
-    # Once with lanes and once without, the relay that is killed is the one that was at work, and another goes on.
-    kills = re.findall(r"kill -9 (\d+)\b.*relay (\d+) starts", output)
-    starts = re.findall(r"relay (\d+) starts", output)
-    assert starts == [pid for kill in kills for pid in kill]
-    assert len(set(starts)) == 4
-    (committed,) = re.findall(r"^ *committed +([\d,]+) +([\d,]+)", output, re.MULTILINE)
-    (in_streams,) = re.findall(r"^ *in streams +([\d,]+) +([\d,]+)", output, re.MULTILINE)
-    assert committed == in_streams
-    assert all(int(count.replace(",", "")) > demo.AIRPORTS for count in committed)
+    # Once with lanes and once without, what is killed is what was at work, and another goes on.
+    kills = re.findall(r"kill -9 (\d+)\b.*(?:relay|consumer) (\d+) starts", output)
+    relays = re.findall(r"relay (\d+) starts", output)
+    consumers = re.findall(r"consumers (\d+) and", output) + re.findall(r"consumer (\d+) starts", output)
+    assert len(kills) == 4
+    assert sorted(relays + consumers) == sorted(pid for kill in kills for pid in kill)
+    assert len(set(relays + consumers)) == 8
+    found = dict(re.findall(r"^ *([a-z ]+?) +([\d,]+ +[\d,]+) *$", output, re.MULTILINE))
+    assert found["committed"].split() == found["in streams"].split() == found["effects"].split()
+    assert all(int(count.replace(",", "")) > demo.AIRPORTS for count in found["committed"].split())
+    assert found["applied twice"].split() == found["effects lost"].split() == ["0", "0"]
 
 
 @pytest.mark.parametrize(
     ("line", "number", "code"),
     [
         pytest.param("airports imported", signal.SIGINT, 130, id="Ctrl-C, no relay yet"),
-        pytest.param(r"kill -9 \d+", signal.SIGINT, 130, id="Ctrl-C, second relay"),
-        pytest.param(r"relay \d+ starts", signal.SIGKILL, -9, id="kill -9"),
+        pytest.param(r"consumer \d+ starts", signal.SIGINT, 130, id="Ctrl-C, third consumer"),
+        pytest.param(r"consumers \d+ and \d+ start", signal.SIGKILL, -9, id="kill -9"),
     ],
 )
 def test_nothing_is_left_when_it_is_ended_midway(line, number, code):
@@ -223,7 +273,7 @@ def test_nothing_is_left_when_it_is_ended_midway(line, number, code):
         assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=30)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
-    assert len(folders) == 3, "of PostgreSQL, Redis and the relay"
+    assert len(folders) == 5, "of PostgreSQL, Redis, the relay and two consumers"
     assert [folder for folder in folders if folder.exists()] == []
 
 

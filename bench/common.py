@@ -1,0 +1,398 @@
+"""What the benchmarks share: servers, workers in processes of their own, the CPU that they cost, and what is shown."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import psutil
+import psycopg
+import redis
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import make_url
+
+from outbox import migrate, testing
+from outbox.relay import Relay
+from outbox.settings import Settings
+
+SCHEMA = "outbox_bench"
+STREAM = "outbox_bench:customer"
+LANES = (STREAM, STREAM + ":backfill")
+STATE = "outbox_bench"  # the relay's key in Redis begins with it
+SOURCE = "bench"
+PACKAGES = ("outbox-relay", "SQLAlchemy", "psycopg", "redis", "hiredis", "msgpack")
+DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+class Wrong(Exception):
+    """Raised when a run did not do what it measures."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the run's PostgreSQL and Redis are."""
+
+    database_url: str
+    redis_url: str
+
+    def connect(self, name: str = "bench", autocommit: bool = True) -> psycopg.Connection:
+        """Connect to PostgreSQL, with the benchmark's schema in front."""
+        url = make_url(self.database_url).set(drivername="postgresql")
+        return psycopg.connect(
+            url.render_as_string(hide_password=False),
+            autocommit=autocommit,
+            application_name=name,
+            options=f"-c search_path={SCHEMA} -c TimeZone=UTC -c DateStyle=ISO",
+        )
+
+    def redis(self) -> redis.Redis:
+        return redis.Redis.from_url(self.redis_url)
+
+    def settings(self, batch: int) -> Settings:
+        return Settings(
+            database_url=self.database_url,
+            redis_url=self.redis_url,
+            schema=SCHEMA,
+            redis_prefix=STATE,
+            source=SOURCE,
+            batch_size=batch,
+        )
+
+
+# -- workers --------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """What a worker did, as it saw it."""
+
+    events: int
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run. CPU is in microseconds an event; None of a server on another machine, or not used."""
+
+    who: str
+    events: int
+    seconds: float
+    rate: float
+    python_us: float
+    backend_us: float | None  # the worker's own connection
+    postgres_us: float | None  # the whole server: that, its writers, and vacuum
+    redis_us: float
+    peak_mb: float
+
+
+def obey(pipe: Connection, drain: Callable[[], int]) -> None:
+    """Say that all is ready, drain on the word, report, and stay until the server has been looked at."""
+    pipe.send("ready")
+    pipe.recv()
+    started, cpu = time.perf_counter(), time.process_time()
+    events = drain()
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    pipe.send(Work(events, seconds, cpu, _peak_bytes()))
+    pipe.recv()
+
+
+def _peak_bytes() -> int:
+    """Return the most memory that this process has had resident."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # of this program; ru_maxrss on Linux may be of the one before it
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextlib.contextmanager
+def started(
+    target: Callable[..., None], *arguments: Any
+) -> Iterator[tuple[multiprocessing.process.BaseProcess, Connection]]:
+    """Run a worker in a fresh process, with a pipe to it, and see that it ends."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield process, pipe
+        process.join(timeout=30)
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+def receive(pipe: Connection, process: multiprocessing.process.BaseProcess) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join(timeout=5)
+        raise Wrong(f"the worker ended with {process.exitcode}; see its traceback above") from None
+
+
+@contextlib.contextmanager
+def ticking(text: Callable[[], str]) -> Iterator[None]:
+    """Show a line that changes twice a second, on a terminal."""
+    stop = threading.Event()
+    with console.status(text()) as status:
+
+        def tick() -> None:
+            while not stop.wait(0.5):
+                status.update(text())
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def relay_daemon(pipe: Connection, servers: Servers) -> None:
+    """Run the relay as the daemon does, until told to stop."""
+    relay = Relay(servers.settings(500))
+    relay.check()
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    pipe.send("ready")
+    pipe.recv()
+    relay.stop.set()
+    thread.join()
+
+
+def commit_singly(servers: Servers, count: int, per_second: float) -> dict[int, float]:
+    """Commit one event at a time; return when each commit came back."""
+    committed = {}
+    with servers.connect("bench-writer", autocommit=False) as connection:
+        start = time.perf_counter()
+        for number in range(1, count + 1):
+            time.sleep(max(0.0, start + number / per_second - time.perf_counter()))
+            connection.execute(
+                "INSERT INTO outbox (stream, type, key, payload) VALUES (%s, 'Booked', 'k', %s)",
+                (STREAM, f'{{"n": {number}, "text": "one"}}'),
+            )
+            connection.commit()
+            committed[number] = time.perf_counter()
+    return committed
+
+
+# -- one run --------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The servers of a benchmark, with the outbox's tables in a schema that goes when it ends."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.database = servers.connect()
+        self.redis = servers.redis()
+
+    def __enter__(self) -> Self:
+        self.database.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")
+        migrate.upgrade(self.servers.database_url, schema=SCHEMA)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.empty()
+        self.database.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
+        self.database.close()
+        self.redis.close()
+
+    def empty(self) -> None:
+        """Take both servers back to where nothing has been recorded or published."""
+        self.database.execute("TRUNCATE outbox, outbox_journal, outbox_dead, outbox_inbox RESTART IDENTITY")
+        self.database.execute("UPDATE outbox_relay SET batch = 0, asleep = false")
+        self.redis.unlink(*LANES, *self.redis.scan_iter(STATE + ":*"))
+
+
+class Meter:
+    """The CPU that a run costs the servers, from now on."""
+
+    def __init__(self, database: psycopg.Connection, client: redis.Redis, application: str) -> None:
+        self._redis = client
+        row = database.execute(
+            "SELECT min(pid) FROM pg_stat_activity "
+            "WHERE application_name = %s AND datname = current_database()",
+            (application,),
+        ).fetchone()
+        self._backend = _local(row[0] if row else None)
+        self._start = self._now()
+
+    def run(self, who: str, work: Work) -> Run:
+        """Return the run that ends now."""
+        backend, postgres, server = (
+            None if start is None or end is None else (end - start) / work.events * 1e6
+            for start, end in zip(self._start, self._now(), strict=True)
+        )
+        assert server is not None
+        return Run(
+            who=who,
+            events=work.events,
+            seconds=work.seconds,
+            rate=work.events / work.seconds,
+            python_us=work.cpu_seconds / work.events * 1e6,
+            backend_us=backend,
+            postgres_us=postgres,
+            redis_us=server,
+            peak_mb=work.peak_bytes / 2**20,
+        )
+
+    def _now(self) -> tuple[float | None, float | None, float]:
+        info = self._redis.info("cpu")
+        server = info["used_cpu_user"] + info["used_cpu_sys"]
+        try:
+            backend = _cpu(self._backend) if self._backend else None
+            postgres = _family_cpu(self._backend.parent()) if self._backend else None
+        except psutil.Error:  # the connection was lost and opened anew
+            backend = postgres = None
+        return backend, postgres, server
+
+
+def _local(pid: int | None) -> psutil.Process | None:
+    """Return the backend's process, or None when it is on another machine."""
+    try:
+        process = psutil.Process(pid) if pid else None
+        return process if process and "postgres" in process.name() else None
+    except psutil.Error:
+        return None
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _family_cpu(parent: psutil.Process | None) -> float | None:
+    """Return what a process and its children have used, those that have ended included."""
+    if parent is None:
+        return None
+    times = parent.cpu_times()
+    ended = float(times.children_user + times.children_system)
+    return ended + _cpu(parent) + sum(_cpu(child) for child in parent.children())
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def line(run: Run) -> str:
+    return f"{run.who:<11} {run.rate:>8,.0f} events/s   peak {run.peak_mb:.0f} MB"
+
+
+def report(what: str, found: dict[str, list[Run]], ours: str, other: str) -> dict[str, Any]:
+    """Print the table and the line of the ratio; return all of it."""
+    table = Table(title=f"{what}; CPU in microseconds an event")
+    for heading in ("", "events/s", "spread", "Python", "backend", "PostgreSQL", "Redis", "peak MB"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for who, runs in found.items():
+        table.add_row(who, *_row(runs))
+    console.print(table)
+    pairs = zip(found[ours], found[other], strict=True)
+    ratios = [one.rate / two.rate for one, two in pairs]
+    middle = statistics.median(ratios)
+    console.print(
+        f"ratio {middle:.2f}  ({ours} / {other}, median of {len(ratios)} pairs, "
+        f"{min(ratios):.2f} to {max(ratios):.2f}, {what})"
+    )
+    return {
+        "what": f"{ours} / {other}, {what}",
+        "ratio": middle,
+        "ratios": ratios,
+        "runs": [asdict(run) for runs in found.values() for run in runs],
+    }
+
+
+def _row(runs: Sequence[Run]) -> list[str]:
+    """Return the medians of some runs as cells of the table."""
+    rates = [run.rate for run in runs]
+    cells = [f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"]
+    for name in ("python_us", "backend_us", "postgres_us", "redis_us"):
+        values = [getattr(run, name) for run in runs]
+        cells.append("-" if None in values else f"{statistics.median(values):.1f}")
+    return [*cells, f"{max(run.peak_mb for run in runs):.0f}"]
+
+
+def about(bench: Bench) -> dict[str, Any]:
+    """Show and return the versions, the machine and the date."""
+    info = bench.redis.info("server")
+    row = bench.database.execute(
+        "SELECT current_setting('server_version'), current_setting('fsync'), "
+        "current_setting('synchronous_commit'), current_setting('shared_buffers')"
+    ).fetchone()
+    assert row is not None
+    name = info.get("server_name", "redis")
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, "
+        f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "postgresql": row[0].split()[0],
+        "postgresql_settings": dict(
+            zip(("fsync", "synchronous_commit", "shared_buffers"), row[1:], strict=True)
+        ),
+        name: info.get(f"{name}_version", info["redis_version"]),
+        "redis_appendonly": bench.redis.config_get("appendonly").get("appendonly"),
+    }
+    console.print(", ".join(f"{name} {fact}" for name, fact in _flat(facts)))
+    return facts
+
+
+def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, fact in facts.items():
+        yield from fact.items() if isinstance(fact, dict) else [(name, fact)]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def save(bench: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{bench}-{facts['date'][:19].replace(':', '')}.json"
+    path.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+    console.print(f"written: {path.relative_to(folder.parent.parent)}")
+
+
+@contextlib.contextmanager
+def given_servers(options: argparse.Namespace) -> Iterator[Servers]:
+    """Give the servers that were named, or start some."""
+    with contextlib.ExitStack() as stack:
+        database, cache = options.database_url, options.redis_url
+        database = database or stack.enter_context(testing.postgres(settings=DURABLE)).url
+        cache = cache or stack.enter_context(testing.redis()).url
+        yield Servers(database, cache)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `given_servers` and of `save`."""
+    add = parser.add_argument
+    add("--database-url", help="a PostgreSQL to use, in a schema of its own")
+    add("--redis-url", help="a Redis to use, with keys of its own")
+    add("--save", action="store_true", help="write bench/results/<benchmark>-<date>.json")
