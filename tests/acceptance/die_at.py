@@ -20,9 +20,9 @@ POINTS: dict[str, tuple[type, str, str]] = {
     "after commit": (Store, "commit", "after"),
     "in adopt": (Store, "adopt", "after"),
     "in purge": (Store, "purge", "after"),
-    "in rollback": (Store, "rollback", "before"),
+    "in look": (Streams, "look", "after"),
 }
-ONCE = ("in adopt", "in rollback", "in purge")  # are not reached three times by themselves
+ONCE = ("in adopt", "in look", "in purge")  # are not reached three times by themselves
 
 
 def wrap(point: str) -> None:

@@ -68,7 +68,7 @@ def test_one_of_two_relays_killed_or_frozen_at_any_time(harness):
     assert harness.journal_is_right()
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point not in ("in adopt", "in rollback")])
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in ("in adopt", "in look")])
 def test_killed_at_a_point_of_its_step(harness, point):
     with harness.writing():
         for _ in range(2):
@@ -82,7 +82,7 @@ def test_killed_at_a_point_of_its_step(harness, point):
     assert harness.settle().faults() == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("point", ["in adopt", "in rollback"])
+@pytest.mark.parametrize("point", ["in adopt", "in look"])
 def test_killed_again_while_it_adopts(harness, point):
     with harness.writing():
         for die_at in ("after publish", point):
