@@ -67,8 +67,10 @@ PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
-MOST_WAITING = 10_000  # entries to be tried again: with more, nothing new is read
+MOST_WAITING = 10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
+
+OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
 
 _numbers = itertools.count(1)
 _names = itertools.count(1)
@@ -116,12 +118,18 @@ class Hand:
         self._again: dict[bool, list[Again]] = {True: [], False: []}  # heaps, by: of a primary lane
         self.renewed_at = 0.0  # by the monotonic clock
 
-    def read(self, entries: Iterable[Entry], since: float) -> None:
-        """Hold entries that were delivered for the first time."""
+    def read(self, entries: Iterable[Entry], since: float) -> Again | None:
+        """Hold entries that were delivered for the first time: return the first, and keep the others for anybody.
+
+        One that is in hand already was taken up as pending by another worker, just after its delivery.
+        """
         with self._lock:
-            for entry in entries:
+            new = [entry for entry in entries if entry.id not in self._held[entry.lane]]
+            for entry in new:
                 self._held[entry.lane][entry.id] = None
-                self._fresh.append(Again(0.0, 0, entry.lane, entry.id, entry, since))
+            read = [Again(0.0, 0, entry.lane, entry.id, entry, since) for entry in new]
+            self._fresh.extend(read[1:])
+            return read[0] if read else None
 
     def fresh(self) -> Again | None:
         """Return the first entry of those that were read."""
@@ -161,12 +169,13 @@ class Hand:
         with self._lock:
             return min((heap[0].at for heap in self._again.values() if heap), default=float("inf"))
 
-    def surely_ours(self, since: float) -> bool:
-        """Return whether an entry delivered at `since` cannot have been claimed by another consumer.
+    def surely_ours(self, found: Again) -> bool:
+        """Return whether an entry that was delivered cannot have been claimed by another consumer.
 
         It may have been when this process was frozen, or Redis was away, for longer than the heartbeat.
         """
-        return time.monotonic() - max(since, self.renewed_at) < self._sure_seconds
+        sure = time.monotonic() - max(found.since, self.renewed_at) < self._sure_seconds
+        return sure and found.id in self._held[found.lane]
 
     def drop(self, lane: str, ids: Iterable[str]) -> None:
         """Forget entries: they are acked, or not ours any more."""
@@ -179,9 +188,9 @@ class Hand:
         with self._lock:
             return {lane: list(ids) for lane, ids in self._held.items() if ids}
 
-    def is_full(self) -> bool:
-        """Return whether so much is to be tried again that nothing new should be read."""
-        return sum(map(len, self._again.values())) >= MOST_WAITING
+    def is_full(self, primary: bool) -> bool:
+        """Return whether so much is to be tried again that nothing new should be read of these lanes."""
+        return len(self._again[primary]) >= MOST_WAITING
 
     def _push(self, again: Again) -> None:
         heapq.heappush(self._again[self._is_primary(again.lane)], again)
@@ -218,12 +227,12 @@ class _Core:
             raise InvalidSetting("streams: a list of at least one stream's name is needed")
         self.group, self.name = group, name or _unique_name()
         self._counts: list[Counter[str]] = []  # one a worker, so that none is counted by two at once
-        self._lost: Counter[str] = Counter()
         self._for_us = group.encode()
         self._primary = [check_stream(stream) for stream in dict.fromkeys(streams)]
         lanes = Lanes(suffix=backfill_suffix)
         self._backfill = [lanes.lane(stream, -1) for stream in self._primary]
         self._stream_of = dict(zip(self._primary + self._backfill, self._primary * 2, strict=True))
+        self._lost = Counter(dict.fromkeys(self._stream_of, 0))
         self._redis_url = redis_url
         self._sessions = sessions
         self._concurrency = concurrency
@@ -309,27 +318,32 @@ class _Core:
     async def _work(self, worker: Worker) -> None:
         """Handle events until stopped, whatever happens to Redis and PostgreSQL."""
         outage = Backoff(0.1, 5.0)
-        while not self._stop.is_set():
-            try:
-                if not self._begun:
-                    await self._begin(worker.groups)
-                if not await worker.step():
-                    await worker.wait()
-            except GroupMissing as error:
-                self._begun = False
-                await self._back_off(error, outage)
-            except OutboxError as error:
-                await self._back_off(error, outage)
-            except Exception as error:
-                log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
-                await self._back_off(Unavailable(repr(error)), outage)
-            else:
-                if outage.failures:
-                    log.info("the servers answer again", extra={"action": "consumer_recovered"})
-                    outage.reset()
-        with suppress(OutboxError):
-            await worker.end()
-        await worker.groups.close()
+        try:
+            while not self._stop.is_set():
+                await self._step(worker, outage)
+            with suppress(OutboxError):
+                await worker.end()
+        finally:
+            await worker.close()
+
+    async def _step(self, worker: Worker, outage: Backoff) -> None:
+        try:
+            if not self._begun:
+                await self._begin(worker.groups)
+            if not await worker.step():
+                await worker.wait()
+        except GroupMissing as error:
+            self._begun = False
+            await self._back_off(error, outage)
+        except OutboxError as error:
+            await self._back_off(error, outage)
+        except Exception as error:
+            log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
+            await self._back_off(Unavailable(repr(error)), outage)
+        else:
+            if outage.failures:
+                log.info("the servers answer again", extra={"action": "consumer_recovered"})
+                outage.reset()
 
     async def _back_off(self, error: OutboxError, outage: Backoff) -> None:
         pause = outage.next()
@@ -351,7 +365,9 @@ class _Core:
             raise
         except (Reject, InvalidEvent) as error:
             await self._give_up(worker, entry, str(error))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and self._is_cancelled():
+                raise
             await self._fail(worker, entry, error)
         else:
             worker.finished(entry, done)
@@ -407,10 +423,7 @@ class _Core:
     async def _transact(self, worker: Worker, session: Any, event: Received, calls: list[Call]) -> str:
         """Note the event in the inbox, run the handlers if it is the first time, and commit."""
         await settled(session.begin())
-        try:
-            noted = await settled(session.execute(inbox.first_time(self.group, event.id)))
-        except DBAPIError as error:  # the tables may be missing, say
-            raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
+        noted = await self._in_inbox(session, inbox.first_time(self.group, event.id))
         if noted.rowcount:
             with _only_we_commit(session):
                 for function, event.data in calls:
@@ -418,7 +431,13 @@ class _Core:
         await settled(session.commit())
         return "handled" if noted.rowcount else "repeated"
 
-    async def _fail(self, worker: Worker, entry: Entry, error: Exception) -> None:
+    async def _in_inbox(self, session: Any, statement: Any) -> Any:
+        try:
+            return await settled(session.execute(statement))
+        except DBAPIError as error:  # the tables may be missing, say
+            raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
+
+    async def _fail(self, worker: Worker, entry: Entry, error: BaseException) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
         reason = redact(f"{type(error).__name__}: {first_line(error)}")
         if entry.deliveries >= self._max_deliveries:
@@ -436,15 +455,17 @@ class _Core:
         )  # fmt: skip
 
     async def _give_up(
-        self, worker: Worker, entry: Entry, reason: str, error: Exception | None = None
+        self, worker: Worker, entry: Entry, reason: str, error: BaseException | None = None
     ) -> None:
         """Move the entry to the dead letters, in one step with its ack."""
         died_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         try:
             buried = await worker.groups.bury(entry, reason[:1000], died_at)
-        except RedisUnavailable:
-            self._hand.retry(entry, time.monotonic() + self._backoff[1])
-            raise
+        except RedisUnavailable as refusal:  # of the dead letters alone, it may be: others go on
+            log.error("%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"})
+            later = time.monotonic() + self._backoff[1]
+            self._hand.put_back(Again(later, next(_numbers), entry.lane, entry.id, entry))
+            return
         self._hand.drop(entry.lane, [entry.id])
         if buried:
             worker.counts["dead"] += 1
@@ -465,31 +486,37 @@ class _Core:
 
     async def _keep(self, groups: Groups) -> None:
         """Renew, claim and purge in time, until stopped."""
-        pause = 0.0
-        while not self._stop.is_set():
-            await self._wait(pause)
-            pause = self._idle_seconds / 3
-            try:
-                if await self._keep_once(groups):
-                    pause = min(pause, 0.1)  # there may be more
-            except GroupMissing:
-                pass  # the workers create it again
-            except OutboxError as error:
-                log.warning("%s", error, extra={"action": "keeper_failed"})
-                pause = min(pause, 1.0)
-            except Exception:
-                log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
-        await groups.close()
+        try:
+            while not self._stop.is_set():
+                await self._wait(await self._keep_or_log(groups))
+        finally:
+            await groups.close()
+
+    async def _keep_or_log(self, groups: Groups) -> float:
+        """Keep once, whatever happens; return the seconds until the next time."""
+        pause = self._idle_seconds / 3
+        try:
+            if await self._keep_once(groups):
+                return min(pause, 0.1)  # there may be more
+        except GroupMissing:
+            pass  # the workers create it again
+        except OutboxError as error:
+            log.warning("%s", error, extra={"action": "keeper_failed"})
+            return min(pause, 1.0)
+        except Exception:
+            log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
+        return pause
 
     async def _keep_once(self, groups: Groups) -> bool:
         """Do what is to be done now and then; return whether there may be more to claim."""
         started = time.monotonic()
         for lane, ids in self._hand.held().items():
-            await groups.renew(lane, ids)
+            self._hand.drop(lane, await groups.renew(lane, ids))
         self._hand.renewed_at = started
         claimed = 0
-        for lane in groups.lanes if not self._hand.is_full() else ():
-            claimed += await self._claim(groups, lane)
+        for lane in groups.lanes:
+            if not self._hand.is_full(groups.is_primary(lane)):
+                claimed += await self._claim(groups, lane)
         if self._purge_again.due():
             await groups.forget(idle_seconds=10 * self._idle_seconds)
             await self._purge(groups)
@@ -525,7 +552,7 @@ class _Core:
                 break
 
     async def _purge_some(self, session: Any, before: datetime) -> int:
-        done = await settled(session.execute(inbox.purge(self.group, before)))
+        done = await self._in_inbox(session, inbox.purge(self.group, before))
         await settled(session.commit())
         return int(done.rowcount)
 
@@ -556,6 +583,8 @@ class _Core:
         """Remove this consumer from the group, where nothing is pending for it."""
         with suppress(OutboxError):
             await self._first.forget(self.name)
+        if self._single:
+            await self._single.close()
         await self._first.close()
         self._begun = False
 
@@ -570,6 +599,11 @@ class _Core:
 
     async def _wait(self, seconds: float) -> None:
         await settled(self._stop.wait(max(0.0, seconds)))
+
+    def _is_cancelled(self) -> bool:
+        """Return whether this task of ours is cancelled, and not merely something that a handler awaits."""
+        task = asyncio.current_task() if self._asynchronous else None
+        return task is not None and task.cancelling() > 0
 
     async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
         raise NotImplementedError
@@ -586,7 +620,7 @@ class Worker:
         self._done_since = float("inf")
         self._newest: list[Any] = []
         self._seconds = PREFETCH_SECONDS  # that handling an event takes
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(dict.fromkeys(OUTCOMES, 0))  # never a new one, as others look at them
         core._counts.append(self.counts)
 
     async def step(self) -> int:
@@ -594,26 +628,35 @@ class Worker:
         found = await self._next()
         if found is None:
             return 0
-        entry = found.entry
-        if entry is None or not self._hand.surely_ours(found.since):
-            taken = await self.groups.take(found.lane, found.id)
-            if not isinstance(taken, Entry):
-                self._not_ours(found, taken)
-                return 1
-            entry = taken
-        started = time.monotonic()
-        if started - self._done_since > ACK_SECONDS:
-            await self.flush()
         try:
-            await self._core._handle(self, entry)
+            if time.monotonic() - self._done_since > ACK_SECONDS:
+                await self.flush()
+            if found.entry is None or not self._hand.surely_ours(found):
+                started = time.monotonic()
+                taken = await self.groups.take(found.lane, found.id)
+                if not isinstance(taken, Entry):
+                    self._not_ours(found, taken)
+                    return 1
+                found = Again(0.0, 0, found.lane, found.id, taken, started)
+            await self._handle(found)
         except Unavailable:
-            self._hand.put_back(Again(0.0, 0, entry.lane, entry.id, entry, started))
+            self._hand.put_back(found)
             raise
-        self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
+        except BaseException:  # this task is cancelled, say: the delivery counts
+            later = time.monotonic() + self._core._backoff[0]
+            self._hand.put_back(found._replace(at=later, entry=None))
+            raise
         return 1
+
+    async def _handle(self, found: Again) -> None:
+        started = time.monotonic()
+        assert found.entry is not None
+        await self._core._handle(self, found.entry)
+        self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
     async def wait(self) -> None:
         """Block until there is something in a lane, or to try again; not for long, as stop must be heard."""
+        await self.flush()
         seconds = min(WAIT_SECONDS, self._hand.next_at() - time.monotonic())
         if seconds > 0:
             await self.groups.wait(self._newest or ["$"] * len(self.groups.lanes), seconds)
@@ -637,32 +680,41 @@ class Worker:
         try:
             while time.monotonic() < until and (found := self._hand.fresh()):
                 assert found.entry is not None
-                if self._hand.surely_ours(found.since):
+                if self._hand.surely_ours(found):
                     await self._core._handle(self, found.entry)
         finally:
             await self.flush()
+
+    async def close(self) -> None:
+        """Drop the connection, and the event loop."""
+        await self.groups.close()
+        if self.loop:
+            self.loop.close()
+            self.loop = None
 
     async def _next(self) -> Again | None:
         """Return the next entry: of primary as long as there is any, else the oldest of backfill."""
         hand = self._hand
         if found := hand.due(primary=True) or hand.fresh():
             return found
-        if hand.is_full():
-            return hand.due(primary=False)
         waiting = hand.due(primary=False)
+        if hand.is_full(primary=True):
+            return waiting
+        backfill = waiting is None and not hand.is_full(primary=False)
         count = max(1, min(self._most, int(PREFETCH_SECONDS / max(self._seconds, 1e-9))))
         now = time.monotonic()
         try:
-            read, self._newest = await self.groups.next(count, self._done, backfill=waiting is None)
+            read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
         except BaseException:
             if waiting:
                 hand.put_back(waiting)
             raise
         self._acked()
-        hand.read(read, now)
-        if read and waiting:
+        if not read:
+            return waiting
+        if waiting:
             hand.put_back(waiting)
-        return hand.fresh() if read else waiting
+        return hand.read(read, now) or await self._next()
 
     def _acked(self) -> None:
         for lane, ids in self._done.items():
@@ -717,7 +769,10 @@ class Consumer(_Core):
             threads = [threading.Thread(target=finish, args=(work,), daemon=True) for work in works]
             for thread in threads:
                 thread.start()
-            finish(self._work(Worker(self, self._first)))
+            try:
+                finish(self._work(Worker(self, self._first)))
+            finally:  # a Ctrl-C, say, that is not ours to handle: the others end too
+                self._stop.set()
             for thread in threads:
                 thread.join()
             finish(self._leave())

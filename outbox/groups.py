@@ -98,12 +98,19 @@ redis.call('XACK', lane, group, id)
 return {'BURIED'}
 """
 )
-# Makes entries count as just delivered, if the consumer still has them. ARGV: group, consumer, entry ids.
+# Makes entries count as just delivered, if the consumer still has them; answers with those that it has not.
+# ARGV: group, consumer, entry ids.
 RENEW = """
+local gone = {}
 for i = 3, #ARGV do
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
-    if #pending == 1 then redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID') end
+    if #pending == 1 then
+        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+    else
+        gone[#gone + 1] = ARGV[i]
+    end
 end
+return gone
 """
 # Removes consumers that have nothing pending: the one that is named, or ('') all that were idle for so long.
 # ARGV: group, consumer, idle milliseconds.
@@ -321,11 +328,13 @@ class Groups(Connection):
         answer = await self._script(BURY, keys, self._group, self._consumer, entry.id, *fields)
         return bool(answer[0] == b"BURIED")
 
-    async def renew(self, lane: str, ids: Sequence[str]) -> None:
-        """Keep entries ours for longer: a heartbeat. Those that are not ours any more are left alone."""
+    async def renew(self, lane: str, ids: Sequence[str]) -> list[str]:
+        """Keep entries ours for longer: a heartbeat. Return those that are not ours any more."""
+        gone: list[str] = []
         for start in range(0, len(ids), 1000):
             some = ids[start : start + 1000]
-            await self._script(RENEW, [lane], self._group, self._consumer, *some)
+            gone += map(_text, await self._script(RENEW, [lane], self._group, self._consumer, *some))
+        return gone
 
     async def pending(self, lane: str) -> AsyncIterator[str]:
         """Yield the entry ids that are pending for this consumer, oldest first."""

@@ -1,0 +1,462 @@
+"""The consumer on a real Redis, in all its kinds: the order of the lanes, waking up, taking up, and ending."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from datetime import timedelta
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from outbox import Consumer, InvalidEvent, InvalidHandler, Retry
+from outbox.errors import InvalidSetting, RedisUnavailable
+from outbox.groups import Found, Groups, _entries
+from outbox.loop import Every
+from tests.integration.bank import KINDS, Bank, entry, wait_until
+
+
+@pytest.fixture(params=KINDS)
+def bank(request, database_url, redis_url) -> Iterator[Bank]:
+    bank = Bank(database_url, redis_url, request.param)
+    yield bank
+    bank.close()
+
+
+# -- the order of the lanes -------------------------------------------------------------------------------
+
+LANES = ("s", "s:backfill", "t", "t:backfill")
+lanes = st.sampled_from(LANES)
+# An event: its lane, whether its handler asks for another try, and where its handler adds events in turn.
+events = st.tuples(lanes, st.booleans(), st.lists(lanes, max_size=3))
+MIXED = [("s:backfill", False, ["s"]), ("s", False, []), ("t:backfill", True, ["t"]), ("s:backfill", False, [])]
+
+
+def check_order(bank: Bank, plan: list[tuple[str, bool, list[str]]]) -> None:
+    """Run a plan; each backfill event may begin only when all primary events that were there are done."""
+    bank.redis.flushall()
+    bank.handled.clear()
+    open_primary: set[str] = set()
+    plans = {}
+
+    def add(lane: str, fails: bool, then: list[str]) -> None:
+        name = f"{lane} {len(plans)}"
+        plans[name] = [lane, fails, then]
+        if lane in ("s", "t"):
+            open_primary.add(name)
+        bank.add(name, lane)
+
+    def act(event) -> None:
+        lane, fails, then = plans[event.data]
+        if event.lane == "backfill":
+            waiting.append((event.data, sorted(open_primary)))
+        if fails:
+            plans[event.data][1] = False
+            raise Retry(after=0)
+        for lane in then:
+            add(lane, False, [])
+        open_primary.discard(event.data)
+        done.add(event.data)
+        if len(done) == len(plans):
+            made.it.stop()
+
+    waiting, done = [], set()
+    for step in plan:
+        add(*step)
+    made = bank.consumer(act, streams=["s", "t"])
+    made.run()
+    assert len(done) == len(plans)
+    assert all(primary == [] for _, primary in waiting), waiting
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(events, min_size=1, max_size=12))
+@example(plan=MIXED)
+def test_no_backfill_event_begins_while_primary_has_any(bank, plan):
+    check_order(bank, plan)
+
+
+def test_one_read_of_both_lanes_does_not_keep_the_order(bank, monkeypatch):
+    async def both(self, count, done, *, backfill=True):
+        await self.ack(done)
+        to_read = [*self.lanes, *(">" for _ in self.lanes)]
+        command = ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", 1, "STREAMS", *to_read)
+        return Found(_entries(await self._run(*command) or []), [])
+
+    monkeypatch.setattr(Groups, "next", both)
+    with pytest.raises(AssertionError, match="s:backfill"):
+        check_order(bank, MIXED)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_primary_event_takes_the_next_free_slot_whatever_the_backlog(bank, concurrency):
+    passed, most_pending, lock = [], [], threading.Lock()
+    waiting: dict[str, int] = {}
+
+    def act(event) -> None:
+        with lock:
+            if event.lane == "primary":
+                passed.append(waiting.pop(event.data))
+                if len(passed) == 30:
+                    made.it.stop()
+                return
+            for name in waiting:
+                waiting[name] += 1
+            most_pending.append(bank.redis.xpending("s:backfill", "g")["pending"])
+            if len(most_pending) % 10 == 0:
+                waiting[f"primary {len(most_pending)}"] = 0
+                bank.add(f"primary {len(most_pending)}")
+
+    with bank.redis.pipeline(transaction=False) as pipeline:
+        for n in range(100_000):
+            pipeline.xadd("s:backfill", entry("bulk", "s:backfill", id=f"{n:032x}"))
+        pipeline.execute()
+    made = bank.consumer(act, concurrency=concurrency)
+    made.run()
+    assert max(passed[:30]) <= concurrency - 1  # those that others had begun, or taken, before it came
+    assert max(most_pending) <= concurrency
+
+
+def test_no_worker_pauses_while_another_has_taken_what_it_read(bank, monkeypatch):
+    """A reader hands its entry to the queue of all; it must not wait for a newer one when that is taken."""
+    asked = []
+    wait = Groups.wait
+
+    async def recorded(self, newest, seconds):
+        asked.append(list(newest))
+        return await wait(self, newest, seconds)
+
+    def act(event) -> None:
+        if len(bank.handled) == 2000:
+            made.it.stop()
+
+    monkeypatch.setattr(Groups, "wait", recorded)
+    for n in range(2000):
+        bank.add(f"bulk {n}", "s:backfill")
+    made = bank.consumer(act, concurrency=4)
+    made.run()
+    assert ["$", "$"] not in asked
+
+
+# -- waking up --------------------------------------------------------------------------------------------
+
+
+def test_an_idle_consumer_is_woken_by_any_lane(bank, monkeypatch):
+    commands = []
+    run = Groups._run
+
+    async def recorded(self, *command):
+        mine = [command, None]
+        commands.append(mine)
+        mine[1] = await run(self, *command)
+        return mine[1]
+
+    monkeypatch.setattr(Groups, "_run", recorded)
+    made = bank.consumer(streams=["s", "t"])
+    with made.running():
+        for lane in LANES:
+            wait_until(lambda: any("b" in info["flags"] for info in bank.redis.client_list()), "an idle one")
+            bank.add(lane, lane)
+            wait_until(lambda lane=lane: lane in bank.handled)
+    blocking = [(command, answer) for command, answer in commands if "BLOCK" in command]
+    assert {answer[0][0].decode() for _, answer in blocking if answer} == set(LANES)
+    for command, _ in blocking:
+        assert command[command.index("BLOCK") + 1] > 0
+        assert set(LANES) <= set(command)
+    assert all("BLOCK" not in command for command, _ in commands if command[0] == "XREADGROUP")
+
+
+def test_what_waits_for_its_time_does_not_keep_primary_from_being_read(bank, monkeypatch):
+    monkeypatch.setattr("outbox.consumer.MOST_WAITING", 3)
+
+    def act(event) -> None:
+        if event.lane == "backfill":
+            raise Retry(after=timedelta(hours=1))
+
+    for n in range(5):
+        bank.add(f"bulk {n}", "s:backfill")
+    made = bank.consumer(act)
+    assert made.drain() == 3
+    bank.add("a")
+    assert made.drain() == 1
+    assert bank.handled == ["bulk 0", "bulk 1", "bulk 2", "a"]
+
+
+# -- taking up what is pending ----------------------------------------------------------------------------
+
+
+def give(bank: Bank, consumer: str, *lanes: str) -> None:
+    """Deliver what is in the lanes to a consumer that never comes back."""
+    for lane in lanes:
+        with suppress(Exception):
+            bank.redis.xgroup_create(lane, "g", "0", mkstream=True)
+        bank.redis.xreadgroup("g", consumer, {lane: ">"})
+
+
+def test_its_own_pending_entries_come_first_primary_before_backfill(bank):
+    for lane in ("s:backfill", "s"):
+        bank.add(f"pending 1 {lane}", lane)
+        bank.add(f"pending 2 {lane}", lane)
+    give(bank, "me", "s:backfill", "s")
+    bank.add("new s:backfill", "s:backfill")
+    bank.add("new s")
+    made = bank.consumer(name="me")
+    assert made.drain() == 6
+    assert bank.handled == [
+        *("pending 1 s", "pending 2 s", "new s"),
+        *("pending 1 s:backfill", "pending 2 s:backfill", "new s:backfill"),
+    ]
+    assert bank.pending() == bank.pending("s:backfill") == {}
+
+
+def test_deliveries_are_counted_by_redis_and_only_of_what_is_handled(bank):
+    def act(event) -> None:
+        if event.data == "poison":
+            raise SystemExit  # as near to the end of a process as a test can get
+
+    for name in ("poison", "behind 1", "behind 2"):
+        bank.add(name)
+    give(bank, "me", "s")
+    for delivery in range(2, 5):
+        made = bank.consumer(act, name="me", max_deliveries=4)
+        with pytest.raises(SystemExit):
+            made.run_once()
+        assert bank.pending() == {"poison": delivery, "behind 1": 1, "behind 2": 1}
+    made = bank.consumer(act, name="me", max_deliveries=4)
+    assert made.drain() == 3
+    assert bank.handled[3:] == ["behind 1", "behind 2"]
+    assert bank.dead()[0]["dlq:error"].startswith("its handler has never come to an end")
+    assert bank.dead()[0]["dlq:deliveries"] == "5"
+
+
+def test_what_a_silent_consumer_has_is_claimed_in_both_lanes(bank):
+    bank.add("a")
+    bank.add("b", "s:backfill")
+    give(bank, "dead", "s", "s:backfill")
+    with bank.consumer(claim_idle=timedelta(milliseconds=50)).running():
+        wait_until(lambda: sorted(bank.handled) == ["a", "b"])
+        wait_until(lambda: bank.pending() == bank.pending("s:backfill") == {})
+
+
+def test_many_that_are_claimed_are_each_handled_once(bank):
+    names = [f"e{n}" for n in range(350)]
+    for name in names:
+        bank.add(name)
+    give(bank, "dead", "s")
+    with bank.consumer(claim_idle=timedelta(milliseconds=50), concurrency=2).running():
+        wait_until(lambda: len(bank.handled) >= 350)
+        wait_until(lambda: bank.pending() == {})
+    assert sorted(bank.handled) == sorted(names)
+
+
+def run_two_with_a_long_handler(bank: Bank, until) -> None:
+    """Hold a handler of the one consumer until a condition of the other is true."""
+    looks, held = [], threading.Event()
+    bank.add("long")
+    claim = Groups.claim
+
+    async def counted(self, *arguments):
+        looks.append(self._consumer)
+        return await claim(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(Groups, "claim", counted)
+        options = {"claim_idle": timedelta(seconds=2)}
+        stack.enter_context(bank.consumer(lambda event: held.wait(30), name="one", **options).running())
+        wait_until(lambda: bank.handled)
+        stack.enter_context(bank.consumer(lambda event: held.wait(30), name="two", **options).running())
+        stack.callback(held.set)  # before they are stopped
+        wait_until(lambda: until(looks))
+
+
+def test_the_heartbeat_keeps_the_entry_of_a_long_handler(bank):
+    run_two_with_a_long_handler(bank, lambda looks: looks.count("two") >= 14)  # 7 looks of 2 lanes: 4 s
+    assert bank.handled == ["long"]
+
+
+def test_without_the_heartbeat_another_takes_it(bank, monkeypatch):
+    async def nothing(self, lane, ids):
+        return []
+
+    monkeypatch.setattr(Groups, "renew", nothing)
+    run_two_with_a_long_handler(bank, lambda looks: len(bank.handled) == 2)
+
+
+def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory(bank, monkeypatch):
+    """The heartbeat comes first after the thaw, and must not make it sure of what it has lost."""
+    beats = []
+    renew = Groups.renew
+
+    async def counted(self, lane, ids):
+        result = await renew(self, lane, ids)
+        beats.append(lane)
+        return result
+
+    def act(event) -> None:
+        if event.data == "warm 49":  # by now a read takes many
+            with bank.redis.pipeline() as pipeline:
+                for n in range(10):
+                    pipeline.xadd("s", entry(f"e{n}"))
+                pipeline.execute()
+        if event.data == "e0":
+            ids = [row["message_id"] for row in bank.redis.xpending_range("s", "g", "-", "+", 100)]
+            stolen.extend(ids)
+            bank.redis.xclaim("s", "g", "other", 0, ids, justid=True)
+            seen = len(beats)
+            wait_until(lambda: len(beats) > seen, "a heartbeat")
+
+    stolen: list[bytes] = []
+    monkeypatch.setattr(Groups, "renew", counted)
+    for n in range(50):
+        bank.add(f"warm {n}")
+    with bank.consumer(act, name="me", claim_idle=timedelta(seconds=4)).running():
+        wait_until(lambda: len(stolen) > 2 and not bank.redis.xpending_range("s", "g", "-", "+", 9, "me"))
+        bank.add("after")
+        wait_until(lambda: "after" in bank.handled)
+    assert "e0" in bank.handled
+    assert not {f"e{n}" for n in range(1, len(stolen))} & set(bank.handled)
+
+
+def test_no_entry_is_left_behind_when_redis_is_away_as_it_is_taken(bank, monkeypatch):
+    bank.add("a")
+    give(bank, "me", "s")
+    take, cuts = Groups.take, []
+
+    async def cut_off(self, lane, id_):
+        if not cuts:
+            cuts.append(id_)
+            raise RedisUnavailable("Redis: it is away")
+        return await take(self, lane, id_)
+
+    monkeypatch.setattr(Groups, "take", cut_off)
+    made = bank.consumer(name="me")
+    with pytest.raises(RedisUnavailable):
+        made.run_once()
+    assert made.drain() == 1
+    assert bank.handled == ["a"]
+    assert bank.pending() == {}
+
+
+def test_no_entry_is_left_behind_when_redis_is_away_as_others_are_acked(bank, monkeypatch):
+    monkeypatch.setattr("outbox.consumer.ACK_SECONDS", 0.0)
+    ack, cuts = Groups.ack, []
+
+    async def cut_off(self, done):
+        if done and len(bank.handled) > 50 and not cuts:
+            cuts.append(done)
+            raise RedisUnavailable("Redis: it is away")
+        return await ack(self, done)
+
+    names = [f"e{n}" for n in range(300)]
+    for name in names:
+        bank.add(name)
+    monkeypatch.setattr(Groups, "ack", cut_off)
+    with bank.consumer().running():
+        wait_until(lambda: len(bank.handled) >= 300)
+        wait_until(lambda: bank.pending() == {})
+    assert cuts
+    assert bank.handled == names
+
+
+# -- ending -----------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_consumer_leaves_the_group_but_not_its_pending_entries(bank):
+    def act(event) -> None:
+        if event.data == "b":
+            raise Retry(after=timedelta(hours=1))
+
+    made = bank.consumer(act, name="leaves")
+    with made.running():
+        bank.add("a")
+        wait_until(lambda: bank.handled)
+        assert bank.consumers() == {"leaves"}
+    assert bank.consumers() == set()
+    made = bank.consumer(act, name="stays")
+    with made.running():
+        bank.add("b")
+        wait_until(lambda: "b" in bank.handled)
+    assert bank.consumers() == {"stays"}
+    assert bank.pending() == {"b": 1}
+
+
+def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank):
+    bank.add("a")
+    give(bank, "has one pending", "s")
+    bank.redis.xgroup_createconsumer("s", "g", "empty")
+    made = bank.consumer(claim_idle=timedelta(milliseconds=20), name="me")
+    made.it._purge_again = Every(0)
+    with made.running():
+        wait_until(lambda: bank.consumers() == {"me"})
+    assert bank.handled == ["a"]
+
+
+def test_default_names_are_unique(bank):
+    assert len({bank.consumer().it.name for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_stop_before_the_start_and_twice(bank, concurrency):
+    bank.add("a")
+    made = bank.consumer(concurrency=concurrency)
+    made.it.stop()
+    made.it.stop()
+    made.run()
+    assert bank.handled == []
+
+
+def test_what_was_read_is_finished_before_the_end(bank):
+    with bank.redis.pipeline() as pipeline:
+        for n in range(500):
+            pipeline.xadd("s", entry(f"e{n}"))
+        pipeline.execute()
+
+    def act(event) -> None:
+        if len(bank.handled) == 100:
+            made.it.stop()
+
+    made = bank.consumer(act)
+    made.run()
+    assert 100 <= len(bank.handled) <= 300
+    assert bank.pending() == {}
+
+
+# -- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"streams": []}, "streams"),
+        ({"streams": "s"}, "streams"),
+        ({"streams": ["no name"]}, "stream"),
+        ({"group": ""}, "group"),
+        ({"name": "no name"}, "name"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"concurrency": True}, "concurrency"),
+        ({"max_deliveries": 0}, "max_deliveries"),
+        ({"unknown": "ack"}, "unknown"),
+        ({"claim_idle": 30}, "claim_idle"),
+        ({"backoff": timedelta(0)}, "backoff"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_its_name(options, word):
+    with pytest.raises((InvalidSetting, InvalidEvent), match=f"^{word}: "):
+        Consumer("redis://127.0.0.1:1/0", **({"group": "g", "streams": ["s"]} | options))
+
+
+def test_a_wrong_url_is_refused_without_saying_it():
+    with pytest.raises(InvalidSetting, match="redis_url") as refusal:
+        Consumer("redis://:s3cret@host:port/0", group="g", streams=["s"])
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_a_handler_that_cannot_be_called_so_is_refused(bank):
+    made = bank.consumer()
+    with pytest.raises(InvalidHandler, match=r"\(event\)"):
+        made.it.on("T")(lambda: None)
+    if bank.kind == "asyncio":
+        with pytest.raises(InvalidHandler, match="async def"):
+            made.it.on("T")(lambda event: None)
+    with pytest.raises(InvalidEvent, match="mark the class"):
+        made.it.on(dict)
