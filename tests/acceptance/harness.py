@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -43,6 +44,7 @@ STREAM = "account"
 LANES = (STREAM, f"{STREAM}:backfill")
 KEYS = 30
 PATIENCE_SECONDS = 60
+SERVICE = "service"  # as PostgreSQL knows it
 HIGHEST, NEVER = 32767, float("inf")
 
 
@@ -186,10 +188,12 @@ class Harness:
         self.naive = naive
         self.redis = redis_client.Redis.from_url(redis_url)
         self.failed_commits: list[str] = []
+        self.stamps = False  # the service sets the time of its events by its own clock
         self._relays_see = relays_see or (database_url, redis_url)
         self._dsn = database_url.replace("+psycopg", "")
         # A pooling proxy would give one session's prepared statements to another.
-        self._engine = create_engine(database_url, connect_args={"prepare_threshold": None})
+        connect = {"prepare_threshold": None, "application_name": SERVICE}
+        self._engine = create_engine(database_url, connect_args=connect)
         self._sessions = sessionmaker(self._engine)
         self._committed_at: dict[str, float] = {}
         self.sql("CREATE TABLE account (id text PRIMARY KEY, n bigint NOT NULL DEFAULT 0)")
@@ -252,13 +256,21 @@ class Harness:
     def _move(self, session: Session, account: str, priority: int) -> str:
         update = text("UPDATE account SET n = n + 1 WHERE id = :id RETURNING n")
         moved = {"n": session.execute(update, {"id": account}).scalar_one()}
-        return str(publish(session, moved, type="Moved", stream=STREAM, key=account, priority=priority))
+        event_id = publish(session, moved, type="Moved", stream=STREAM, key=account, priority=priority)
+        if self.stamps:
+            session.flush()
+            stamp = text("UPDATE outbox SET created_at = to_timestamp(:now) WHERE event_id = :id")
+            session.execute(stamp, {"now": time.time(), "id": event_id})
+        return str(event_id)
 
     # -- the relays -------------------------------------------------------------------------------------
 
-    def relay(self, die_at: str | None = None, **settings: object) -> RelayProcess:
-        """Start a relay: the daemon, or the naive one; with `die_at` it kills itself at a point of its step."""
-        database_url, redis_url = self._relays_see
+    def relay(self, die_at: str | None = None, see: Sequence[str] = (), **settings: object) -> RelayProcess:
+        """Start a relay: the daemon, or the naive one; with `die_at` it kills itself at a point of its step.
+
+        `see` are the URLs of both servers, if others than all relays have.
+        """
+        database_url, redis_url = see or self._relays_see
         environment = {
             "OUTBOX_DATABASE_URL": database_url,
             "OUTBOX_REDIS_URL": redis_url,
@@ -281,6 +293,7 @@ class Harness:
 
         One more event in each lane makes sure that the relay looks at what Redis has.
         """
+        self._engine.dispose()  # the server may have gone since
         self._move_all([1, 2], [Priority.LOW, Priority.NORMAL])
         with self.relay():
             wait_until(lambda: not self.waiting(), "an empty outbox")
@@ -304,6 +317,11 @@ class Harness:
             for at, body in self.sql(query)
         ]
         return passed_over(batches, self._committed_at)
+
+    def longest_pause(self) -> float:
+        """Return the longest time in seconds in which nobody's commit has returned, between the first and the last."""
+        moments = sorted({*self._committed_at.values()})
+        return max((later - earlier for earlier, later in pairwise(moments)), default=0.0)
 
     def journal_is_right(self) -> bool:
         """Return whether the journal holds exactly what the lanes hold, in their order. No purge has run yet."""

@@ -15,6 +15,7 @@ from outbox import migrate, testing
 from tests.acceptance.harness import LANES, Findings, Harness, RelayProcess, wait_until
 from tests.faults.proxy import Proxy
 
+START_SECONDS = 30
 Between = Literal["nobody", "relays", "everybody"]
 
 
@@ -34,7 +35,7 @@ class Outcome(NamedTuple):
             zip(("lost", "repeated", "phantom", "out of order"), self.findings.faults(), strict=True)
         )
         counts |= {"passed over": self.passed_over or 0, "stuck": self.stuck}
-        counts |= {complaint: 1 for complaint in self.complaints}
+        counts |= dict.fromkeys(self.complaints, 1)
         return {name: count for name, count in counts.items() if count}
 
 
@@ -55,16 +56,19 @@ class Trial(Harness):
         chance: random.Random,
         between: tuple[Proxy, Proxy] | None,
         whom: Between,
+        resources: ExitStack,
     ) -> None:
         urls = direct = (database.url, broker.url)
         if between is not None:
             urls = (at_port(database.url, between[0].port), at_port(broker.url, between[1].port))
             self.to_database, self.to_broker = between
+        self.direct = direct
         seen_by_service = urls if whom == "everybody" else direct
         super().__init__(*seen_by_service, naive=naive, relays_see=urls)
         self.database, self.broker = database, broker
         self.times, self.within, self.chance = times, within, chance
         self.done = 0
+        self.enter = resources.enter_context  # of what is to last as long as the trial
         self.relays: list[RelayProcess] = []
         self.recoveries: list[float] = []
         self.stuck = 0
@@ -89,6 +93,12 @@ class Trial(Harness):
         self.relays[place] = self._start()
         return self.relays[place]
 
+    def leader(self) -> RelayProcess:
+        """Return the relay that has led last; of the control's any, as all of them work at once."""
+        (name,) = self.sql("SELECT leader FROM outbox_relay")[0]
+        ours = [relay for relay in self.relays if name and name.endswith(f":{relay.process.pid}")]
+        return ours[0] if ours else self.chance.choice(self.relays)
+
     def _end_relays(self) -> None:
         for relay in self.relays:
             relay.__exit__()
@@ -98,20 +108,20 @@ class Trial(Harness):
 
     def rounds(self) -> Iterator[int]:
         """Yield as often as the fault is to happen, each time after some more events have been published."""
-        for self.done in range(self.times):
+        while self.done < self.times:
             self.let_pass(self.chance.randint(1, 400))
             yield self.done
-        self.done = self.times
+            self.done += 1
 
     def let_pass(self, entries: int) -> None:
         """Block until so many more entries are in the lanes; a relay that does not publish is replaced."""
         goal = self.entries() + entries
-        self._wait_for(lambda: self.entries() >= goal)
+        self._wait_for(lambda: self.entries() >= goal, seconds=START_SECONDS)
 
     def wait_for_publish(self) -> None:
         """Block until an entry has been added this very moment: its relay stands between it and its commit."""
         with suppress(redis_client.RedisError):
-            self.redis.xread({lane: "$" for lane in LANES}, block=1000)
+            self.redis.xread(dict.fromkeys(LANES, "$"), block=1000)
 
     def lasts(self, seconds: float) -> None:
         """Let a fault go on for some time."""
@@ -126,13 +136,13 @@ class Trial(Harness):
             first[:] = [milliseconds for lane in LANES for milliseconds in self._entries_after(lane, since)]
             return bool(first)
 
-        if self._wait_for(published):
+        if self._wait_for(published, self.within):
             self.recoveries.append((min(first) - since) / 1000)
 
-    def _wait_for(self, condition: Callable[[], object]) -> bool:
+    def _wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
         """Block until the condition holds, and return True; what does not come true in time is stuck."""
         try:
-            wait_until(lambda: answers(condition), seconds=self.within)
+            wait_until(lambda: answers(condition), seconds=seconds)
         except AssertionError:
             self.stuck += 1
             for relay in list(self.relays):
@@ -207,5 +217,6 @@ def open_trial(
         trial = Trial(
             database, broker, naive=naive, times=times, within=within, chance=chance,
             between=proxies, whom=between,
+            resources=stack,
         )  # fmt: skip
         yield stack.enter_context(trial)
