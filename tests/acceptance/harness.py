@@ -29,6 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import psutil
 import psycopg
 import redis as redis_client
 from sqlalchemy import create_engine, text
@@ -167,6 +168,11 @@ class RelayProcess:
 
         wait_until(grown, f"{more} more")
 
+    def wait_until_connected(self) -> None:
+        """Block until the relay has connections to both servers, or to one twice."""
+        relay = psutil.Process(self.process.pid)
+        wait_until(lambda: len(relay.net_connections("tcp")) >= 2, "a relay with its connections")
+
     def wait_for_death(self) -> int:
         """Block until the process has ended by itself; return its status (-9: killed by signal 9)."""
         try:
@@ -220,7 +226,8 @@ class Harness:
         """Keep that many threads writing while the block runs."""
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._write, args=(random.Random(seed + n), stop)) for n in range(writers)
+            threading.Thread(target=self._write, args=(random.Random(seed + n), stop), name=f"writer {n}")
+            for n in range(writers)
         ]
         for thread in threads:
             thread.start()

@@ -138,7 +138,7 @@ SCENARIOS = (
     Scenario(
         name="postgres-loses-commits",
         what="a PostgreSQL standby that lags is promoted",
-        inflict=postgres_loses_commits, short=2, long=10, control="repeated",
+        inflict=postgres_loses_commits, short=1, long=10, control="repeated",
         between="everybody", commits_may_fail=True, journal_is_whole=False, forgets=True,
         fails="Redis is ahead by more than one batch",
     ),

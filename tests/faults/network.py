@@ -37,12 +37,14 @@ def delayed(trial: Trial) -> None:
 
 def cut_off(trial: Trial) -> None:
     """One relay of two reaches nothing for a while; what it sent before arrives when it does again."""
-    with trial.under_load(), trial.relay(see=trial.direct):
+    with trial.under_load(), trial.relay(see=trial.direct) as beside:
+        beside.wait_until_connected()
         for _ in trial.rounds():
             trial.wait_for_publish()
             trial.to_database.withhold()
             trial.to_broker.withhold()
             trial.recovers()
+            trial.lasts(6)  # longer than a client waits for a reply
             trial.to_database.flow()
             trial.to_broker.flow()
             trial.let_pass(50)
@@ -67,6 +69,6 @@ SCENARIOS = (
     Scenario(
         name="relay-cut-off",
         what="one relay of two behind a network that drops everything",
-        inflict=cut_off, short=3, long=30, control="out of order", between="relays", within=8,
+        inflict=cut_off, short=3, long=30, control="repeated", between="relays", within=8,
     ),
 )  # fmt: skip

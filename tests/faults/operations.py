@@ -58,7 +58,7 @@ def clocks_apart(trial: Trial) -> None:
 def ahead_in_one_thread() -> Iterator[None]:
     """Let the clock of the service's second thread be an hour ahead."""
     real = time.time
-    time.time = lambda: real() + HOUR_SECONDS * threading.current_thread().name.endswith("-2")
+    time.time = lambda: real() + HOUR_SECONDS * (threading.current_thread().name == "writer 1")
     try:
         yield
     finally:

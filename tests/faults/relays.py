@@ -73,7 +73,7 @@ SCENARIOS = (
     Scenario(
         name="relay-frozen",
         what="SIGSTOP of the leading relay of two, then SIGCONT",
-        inflict=frozen, short=5, long=100, control="out of order", control_times=40, within=5,
+        inflict=frozen, short=5, long=100, control="out of order", control_times=30, within=5,
     ),
     Scenario(
         name="relays-restarted",

@@ -10,9 +10,10 @@ import pytest
 
 from outbox import testing
 from tests.acceptance.harness import Findings
-from tests.faults.__main__ import SCENARIOS, Line
+from tests.faults.__main__ import SCENARIOS
 from tests.faults.aof import read
 from tests.faults.proxy import Proxy
+from tests.faults.table import Line
 from tests.faults.trial import Outcome
 
 # A busy machine is no fault: a trial waits for as long as the rest of the suite does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +17,7 @@ from tests.acceptance.harness import LANES, Findings, Harness, RelayProcess, wai
 from tests.faults.proxy import Proxy
 
 START_SECONDS = 30
+LOG_END = 1000  # characters
 Between = Literal["nobody", "relays", "everybody"]
 
 
@@ -83,7 +85,8 @@ class Trial(Harness):
             stack.callback(self._end_relays)
             self._start = lambda: self.relay(**settings)
             self.relays = [self._start() for _ in range(relays)]
-            self.let_pass(1)
+            for relay in self.relays:
+                relay.wait_until_connected()
             yield
 
     def replace(self, relay: RelayProcess) -> RelayProcess:
@@ -146,6 +149,7 @@ class Trial(Harness):
         except AssertionError:
             self.stuck += 1
             for relay in list(self.relays):
+                print(f"stuck; the log of a relay ends with:\n{relay.log[-LOG_END:]}", file=sys.stderr)
                 self.replace(relay)
             return False
         return True
