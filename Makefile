@@ -11,7 +11,7 @@ ROLES := session session_machine domain claim relay answers refusals wakeup cli
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench clean
+.PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ wheel-check: $(READY) ## build the wheel, install it alone, and run it
 	@$(VENV)-wheel/bin/python $(PIP) --quiet -c constraints.txt dist/*.whl
 	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay --version
 	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay migrate --sql | grep -q 'CREATE TABLE public.outbox' && echo "The migrations are inside."
+
+faults: $(READY) ## every fault against the relay and against a naive one, in ten minutes; FAULTS='--seed 1 --only NAME'
+	@$(BIN)/python -m tests.faults $(FAULTS)
+
+faults-long: $(READY) ## the same, with all the times, in hours
+	@$(BIN)/python -m tests.faults --long $(FAULTS)
 
 bench: $(READY) ## the relay and the consumer, against the plainest loops by hand
 	@$(BIN)/python bench/relay.py && $(BIN)/python bench/consumer.py

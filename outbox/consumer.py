@@ -67,7 +67,9 @@ PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
-MOST_WAITING = 10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
+MOST_WAITING = (
+    10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
+)
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
 
 OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
@@ -462,7 +464,9 @@ class _Core:
         try:
             buried = await worker.groups.bury(entry, reason[:1000], died_at)
         except RedisUnavailable as refusal:  # of the dead letters alone, it may be: others go on
-            log.error("%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"})
+            log.error(
+                "%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"}
+            )
             later = time.monotonic() + self._backoff[1]
             self._hand.put_back(Again(later, next(_numbers), entry.lane, entry.id, entry))
             return

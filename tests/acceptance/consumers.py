@@ -17,11 +17,9 @@ import json
 import os
 import random
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -236,10 +234,8 @@ def acks_first(name: str, handle: Any) -> None:
     """The control: a consumer that acks what it reads, and then handles it."""
     client = redis_client.Redis.from_url(os.environ["REDIS_URL"])
     for lane in LANES:
-        try:
+        with suppress(redis_client.ResponseError):
             client.xgroup_create(lane, "g", "0", mkstream=True)
-        except redis_client.ResponseError:
-            pass
     while True:
         for lane, entries in client.xreadgroup("g", name, dict.fromkeys(LANES, ">"), count=50, block=100):
             client.xack(lane, "g", *(id_ for id_, _ in entries))

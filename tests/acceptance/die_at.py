@@ -1,4 +1,4 @@
-"""Run the daemon until it reaches a point of its step for the third time, and kill it there with signal 9.
+"""Run the daemon until it reaches a point of its step, in most cases for the third time, and kill it there by signal 9.
 
 The points are methods of the product, wrapped from here: the product itself knows nothing of this.
 """
@@ -8,13 +8,18 @@ import signal
 import sys
 from typing import Any
 
+from redis.connection import Connection
+
 from outbox import cli
 from outbox.store import Store
 from outbox.streams import Streams
 
 POINTS: dict[str, tuple[type, str, str]] = {
+    "in connecting": (Store, "_check", "after"),
+    "after lock": (Store, "begin", "after"),
     "before claim": (Store, "claim", "before"),
     "after claim": (Store, "claim", "after"),
+    "in the reply": (Connection, "read_response", "before"),
     "after publish": (Streams, "publish", "after"),
     "after journal": (Store, "record_batch", "after"),
     "after commit": (Store, "commit", "after"),
@@ -22,13 +27,14 @@ POINTS: dict[str, tuple[type, str, str]] = {
     "in purge": (Store, "purge", "after"),
     "in look": (Streams, "look", "after"),
 }
-ONCE = ("in adopt", "in look", "in purge")  # are not reached three times by themselves
+# Some are not reached three times by themselves; the first replies of Redis are to the greeting.
+PASSES = {"in connecting": 1, "in adopt": 1, "in look": 1, "in purge": 1, "in the reply": 12}
 
 
 def wrap(point: str) -> None:
     owner, name, when = POINTS[point]
     method = getattr(owner, name)
-    left = 1 if point in ONCE else 3
+    left = PASSES.get(point, 3)
 
     def pass_by() -> None:
         nonlocal left

@@ -21,16 +21,20 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import psutil
 import psycopg
 import redis as redis_client
 from sqlalchemy import create_engine, text
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import publish
 from outbox.priority import Priority
@@ -41,6 +45,8 @@ STREAM = "account"
 LANES = (STREAM, f"{STREAM}:backfill")
 KEYS = 30
 PATIENCE_SECONDS = 60
+SERVICE = "service"  # as PostgreSQL knows it
+HIGHEST, NEVER = 32767, float("inf")
 
 
 class Entry(NamedTuple):
@@ -67,17 +73,27 @@ class Findings(NamedTuple):
         return self[2:]
 
 
-def compare(committed: list[str], lanes: list[list[Entry]], elsewhere: list[str] = ()) -> Findings:
-    """Compare the ids that committed with the entries of the lanes, and the ids that are dead letters."""
+class Batch(NamedTuple):
+    """What the oracle needs of a journal's batch: when it was written, and id and priority of its events."""
+
+    at: float
+    events: list[tuple[str, int]]
+
+
+def compare(committed: Iterable[str], lanes: list[list[Entry]], elsewhere: Iterable[str] = ()) -> Findings:
+    """Compare the ids that committed with the entries of the lanes, and the ids that are in other places.
+
+    The order is judged by what committed alone: a number that PostgreSQL forgot is given out again.
+    """
     seen = Counter(entry.event_id for lane in lanes for entry in lane)
     known = set(committed)
     return Findings(
-        committed=len(committed),
+        committed=len(known),
         published=seen.total(),
         lost=len(known - seen.keys() - set(elsewhere)),
         repeated=seen.total() - len(seen),
         phantom=len(seen.keys() - known),
-        out_of_order=sum(map(_reversals, lanes)),
+        out_of_order=sum(_reversals([entry for entry in lane if entry.event_id in known]) for lane in lanes),
     )
 
 
@@ -92,9 +108,26 @@ def _reversals(lane: list[Entry]) -> int:
     return found
 
 
-def wait_until(condition: Callable[[], object], what: str = "the condition") -> None:
+def passed_over(batches: list[Batch], committed_at: Mapping[str, float]) -> int:
+    """Count the events that a batch of lower priority went before, although they could be seen.
+
+    A batch is claimed after the one before it was journalled, so it sees all that had committed by then.
+    """
+    journalled = [batch.at for batch in batches]
+    lowest = [min((priority for _, priority in batch.events), default=HIGHEST) for batch in batches]
+    found = 0
+    for place, batch in enumerate(batches):
+        for event_id, priority in batch.events:
+            seen_by = bisect_right(journalled, committed_at.get(event_id, NEVER)) + 1
+            found += any(below < priority for below in lowest[seen_by:place])
+    return found
+
+
+def wait_until(
+    condition: Callable[[], object], what: str = "the condition", seconds: float = PATIENCE_SECONDS
+) -> None:
     """Block until the condition holds; fail after a minute."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true"
         time.sleep(0.01)
@@ -135,6 +168,11 @@ class RelayProcess:
 
         wait_until(grown, f"{more} more")
 
+    def wait_until_connected(self) -> None:
+        """Block until the relay has connections to both servers, or to one twice."""
+        relay = psutil.Process(self.process.pid)
+        wait_until(lambda: len(relay.net_connections("tcp")) >= 2, "a relay with its connections")
+
     def wait_for_death(self) -> int:
         """Block until the process has ended by itself; return its status (-9: killed by signal 9)."""
         try:
@@ -144,27 +182,42 @@ class RelayProcess:
 
 
 class Harness:
-    """One outbox with its service, its relays and its oracle."""
+    """One outbox with its service, its relays and its oracle.
 
-    def __init__(self, database_url: str, redis_url: str) -> None:
-        self._database_url, self._redis_url = database_url, redis_url
-        self._engine = create_engine(database_url)
-        self._sessions = sessionmaker(self._engine)
-        self._committed: list[str] = []
-        self._plain = psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True)
+    With `naive`, its relays are the control. `relays_see` are the URLs that they are given, where a proxy stands
+    between them and the servers.
+    """
+
+    def __init__(
+        self, database_url: str, redis_url: str, *, naive: bool = False, relays_see: Sequence[str] = ()
+    ) -> None:
+        self.naive = naive
         self.redis = redis_client.Redis.from_url(redis_url)
-        self._plain.execute("CREATE TABLE account (id text PRIMARY KEY, n bigint NOT NULL DEFAULT 0)")
-        self._plain.execute(
-            "INSERT INTO account (id) SELECT 'a' || n FROM generate_series(1, %s) AS n", (KEYS,)
-        )
+        self.failed_commits: list[str] = []
+        self.stamps = False  # the service sets the time of its events by its own clock
+        self._relays_see = relays_see or (database_url, redis_url)
+        self._dsn = database_url.replace("+psycopg", "")
+        # A pooling proxy would give one session's prepared statements to another.
+        connect = {"prepare_threshold": None, "application_name": SERVICE}
+        self._engine = create_engine(database_url, connect_args=connect)
+        self._sessions = sessionmaker(self._engine)
+        self._committed_at: dict[str, float] = {}
+        self.sql("CREATE TABLE account (id text PRIMARY KEY, n bigint NOT NULL DEFAULT 0)")
+        self.sql("INSERT INTO account (id) SELECT 'a' || n FROM generate_series(1, %s) AS n", KEYS)
+        self.sql("CREATE TABLE movement (event_id uuid)")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._plain.close()
         self._engine.dispose()
         self.redis.close()
+
+    def sql(self, query: str, *parameters: object) -> list[tuple]:
+        """Run a statement on a connection of its own, as the server may have gone since the last."""
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            cursor = connection.execute(query, parameters or None)
+            return cursor.fetchall() if cursor.description else []
 
     # -- the service ------------------------------------------------------------------------------------
 
@@ -173,7 +226,8 @@ class Harness:
         """Keep that many threads writing while the block runs."""
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._write, args=(random.Random(seed + n), stop)) for n in range(writers)
+            threading.Thread(target=self._write, args=(random.Random(seed + n), stop), name=f"writer {n}")
+            for n in range(writers)
         ]
         for thread in threads:
             thread.start()
@@ -186,30 +240,50 @@ class Harness:
 
     def _write(self, chance: random.Random, stop: threading.Event) -> None:
         while not stop.is_set():
-            with self._sessions() as session:
-                accounts = sorted(chance.sample(range(1, KEYS + 1), chance.randint(1, 5)))
-                ids = [self._move(session, f"a{n}", chance.choice([*Priority])) for n in accounts]
-                if chance.random() < 0.05:
-                    session.rollback()
-                else:
-                    session.commit()
-                    self._committed += ids
+            accounts = sorted(chance.sample(range(1, KEYS + 1), chance.randint(1, 5)))
+            priorities = [chance.choice([*Priority]) for _ in accounts]
+            try:
+                self._move_all(accounts, priorities, roll_back=chance.random() < 0.05)
+            except DBAPIError as error:
+                self.failed_commits.append(str(error))
+                stop.wait(0.05)
 
-    def _move(self, session, account: str, priority: int) -> str:
+    def _move_all(self, accounts: list[int], priorities: list[int], roll_back: bool = False) -> None:
+        """Move accounts in one transaction; what commits is in the table of movements too."""
+        with self._sessions() as session:
+            moves = zip(accounts, priorities, strict=True)
+            ids = [self._move(session, f"a{n}", priority) for n, priority in moves]
+            session.execute(text("INSERT INTO movement SELECT unnest(CAST(:ids AS uuid[]))"), {"ids": ids})
+            if roll_back:
+                session.rollback()
+            else:
+                session.commit()
+                self._committed_at |= dict.fromkeys(ids, time.time())
+
+    def _move(self, session: Session, account: str, priority: int) -> str:
         update = text("UPDATE account SET n = n + 1 WHERE id = :id RETURNING n")
         moved = {"n": session.execute(update, {"id": account}).scalar_one()}
-        return str(publish(session, moved, type="Moved", stream=STREAM, key=account, priority=priority))
+        event_id = publish(session, moved, type="Moved", stream=STREAM, key=account, priority=priority)
+        if self.stamps:
+            session.flush()
+            stamp = text("UPDATE outbox SET created_at = to_timestamp(:now) WHERE event_id = :id")
+            session.execute(stamp, {"now": time.time(), "id": event_id})
+        return str(event_id)
 
     # -- the relays -------------------------------------------------------------------------------------
 
-    def relay(self, die_at: str | None = None, naive: bool = False, **settings: object) -> RelayProcess:
-        """Start a relay: the daemon, or the naive one; with `die_at` it kills itself at a point of its step."""
+    def relay(self, die_at: str | None = None, see: Sequence[str] = (), **settings: object) -> RelayProcess:
+        """Start a relay: the daemon, or the naive one; with `die_at` it kills itself at a point of its step.
+
+        `see` are the URLs of both servers, if others than all relays have.
+        """
+        database_url, redis_url = see or self._relays_see
         environment = {
-            "OUTBOX_DATABASE_URL": self._database_url,
-            "OUTBOX_REDIS_URL": self._redis_url,
+            "OUTBOX_DATABASE_URL": database_url,
+            "OUTBOX_REDIS_URL": redis_url,
             "OUTBOX_BATCH_SIZE": "50",
         } | {f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
-        if naive:
+        if self.naive:
             return RelayProcess([str(HERE / "naive.py"), *([die_at] if die_at else [])], environment)
         if die_at:
             return RelayProcess([str(HERE / "die_at.py"), die_at], environment)
@@ -221,24 +295,48 @@ class Harness:
 
     # -- the oracle -------------------------------------------------------------------------------------
 
-    def settle(self, naive: bool = False) -> Findings:
-        """Let a last relay publish what is left, and compare. The writers must have stopped."""
-        with self.relay(naive=naive):
-            wait_until(lambda: self._pending() == 0, "an empty outbox")
-        dead = [row[0] for row in self._plain.execute("SELECT event_id::text FROM outbox_dead")]
-        return compare(self._committed, [self._lane(name) for name in LANES], dead)
+    def settle(self) -> Findings:
+        """Let a last relay publish what is left, and compare. The writers must have stopped.
+
+        One more event in each lane makes sure that the relay looks at what Redis has.
+        """
+        self._engine.dispose()  # the server may have gone since
+        self._move_all([1, 2], [Priority.LOW, Priority.NORMAL])
+        with self.relay():
+            wait_until(lambda: not self.waiting(), "an empty outbox")
+        return self.findings()
+
+    def findings(self) -> Findings:
+        """Compare what has committed with the lanes; what waits, and what is a dead letter, is not lost."""
+        elsewhere = self.waiting() + [row[0] for row in self.sql("SELECT event_id::text FROM outbox_dead")]
+        committed = [row[0] for row in self.sql("SELECT event_id::text FROM movement")]
+        return compare(committed, [self._lane(name) for name in LANES], elsewhere)
+
+    def waiting(self) -> list[str]:
+        """Return the ids of the events in the outbox."""
+        return [row[0] for row in self.sql("SELECT event_id::text FROM outbox")]
+
+    def passed_over(self) -> int:
+        """Count the violations of priority that the journal shows."""
+        query = "SELECT extract(epoch FROM published_at)::float8, body FROM outbox_journal ORDER BY batch"
+        batches = [
+            Batch(at, [(event.event_id, event.priority) for event in decode(body)[1]])
+            for at, body in self.sql(query)
+        ]
+        return passed_over(batches, self._committed_at)
+
+    def longest_pause(self) -> float:
+        """Return the longest time in seconds in which nobody's commit has returned, between the first and the last."""
+        moments = sorted({*self._committed_at.values()})
+        return max((later - earlier for earlier, later in pairwise(moments)), default=0.0)
 
     def journal_is_right(self) -> bool:
-        """Return whether the journal, if nothing of it was purged, tells what is in each lane, in order."""
+        """Return whether the journal holds exactly what the lanes hold, in their order. No purge has run yet."""
         told: dict[str, list[str]] = {lane: [] for lane in LANES}
-        for (body,) in self._plain.execute("SELECT body FROM outbox_journal ORDER BY batch"):
+        for (body,) in self.sql("SELECT body FROM outbox_journal ORDER BY batch"):
             for event in decode(body)[1]:
                 told[event.stream].append(event.event_id)
         return all(told[name] == [entry.event_id for entry in self._lane(name)] for name in LANES)
-
-    def _pending(self) -> int:
-        row = self._plain.execute("SELECT count(*) FROM outbox").fetchone()
-        return row[0] if row else 0
 
     def _lane(self, name: str) -> list[Entry]:
         return [

@@ -1,6 +1,7 @@
 """The control: the relay of the textbook, which the harness must catch.
 
-It claims with SKIP LOCKED, adds to Redis with redis-py's pipeline and its defaults, deletes, commits.
+It claims with SKIP LOCKED, adds to Redis with redis-py's pipeline and its defaults, deletes, commits; after any
+error of a server it connects again.
 With `after publish` as its argument it kills itself between the pipeline and the commit.
 """
 
@@ -34,11 +35,19 @@ def step(connection: psycopg.Connection, client: redis.Redis, die: bool) -> int:
 
 
 def main() -> None:
+    while True:
+        try:
+            relay(die=sys.argv[1:] == ["after publish"])
+        except (psycopg.Error, redis.RedisError) as error:
+            print(error, file=sys.stderr)
+            time.sleep(0.1)
+
+
+def relay(die: bool) -> None:
     url = os.environ["OUTBOX_DATABASE_URL"].replace("+psycopg", "")
-    client = redis.Redis.from_url(os.environ["OUTBOX_REDIS_URL"])
-    with psycopg.connect(url) as connection:
+    with redis.Redis.from_url(os.environ["OUTBOX_REDIS_URL"]) as client, psycopg.connect(url) as connection:
         while True:
-            if not step(connection, client, die=sys.argv[1:] == ["after publish"]):
+            if not step(connection, client, die):
                 time.sleep(0.01)
 
 

@@ -1,27 +1,19 @@
 """How a relay waits: woken by a notification or by its poll, behind a pooling proxy, and never past a stop."""
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
 
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.store import CHANNEL, Store
 from tests.integration.box import Box
+from tests.pgbouncer import PGBOUNCER, pgbouncer
 
 PATIENCE_SECONDS = 60
 FOR_EVER = 3600.0
-PGBOUNCER = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
 
 
 def wait_until(condition):
@@ -142,51 +134,16 @@ def test_a_relay_that_is_to_poll_does_not_listen(box):
 # -- behind a transaction-pooling proxy ------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def pooled(box):
     """The same outbox behind pgbouncer with two connections for everybody."""
     if PGBOUNCER is None:
         pytest.skip("pgbouncer is not installed")
-    url = make_url(box.database_url)
-    port = free_port()
-    folder = Path(tempfile.mkdtemp(prefix="outbox-pgbouncer-"))
-    (folder / "pgbouncer.ini").write_text(
-        f"[databases]\n{url.database} = host={url.host} port={url.port} user={url.username} "
-        f"password={url.password}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
-        "auth_type = any\npool_mode = transaction\ndefault_pool_size = 2\nunix_socket_dir =\n"
-    )
-    account = {}
-    if os.geteuid() == 0:  # it refuses root
-        nobody = pwd.getpwnam("nobody")
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        account = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-    log = (folder / "log").open("w")
-    process = subprocess.Popen([PGBOUNCER, folder / "pgbouncer.ini"], stderr=log, cwd="/", **account)
-    behind = url.set(host="127.0.0.1", port=port, password=None).render_as_string(hide_password=False)
-
-    def answers():
-        try:
-            with psycopg.connect(behind.replace("+psycopg", ""), connect_timeout=2):
-                return True
-        except psycopg.OperationalError:
-            assert process.poll() is None, (folder / "log").read_text()
-            return False
-
-    wait_until(answers)
-    pooled = Box(box.database_url, box.redis_url)
-    pooled.database_url = behind
-    yield pooled
-    pooled.close()
-    process.terminate()
-    process.wait()
-    log.close()
-    shutil.rmtree(folder)
+    with pgbouncer(box.database_url) as behind:
+        pooled = Box(box.database_url, box.redis_url)
+        pooled.database_url = behind
+        yield pooled
+        pooled.close()
 
 
 def test_behind_a_pooling_proxy_there_is_one_warning_and_it_polls(pooled, caplog):

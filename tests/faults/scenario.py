@@ -1,0 +1,65 @@
+"""A scenario: a fault, how often, and the measure in which a naive relay fails under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.faults.trial import Between, Outcome, Trial, open_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A fault and how it is judged. `inflict` makes it happen, `short` or `long` times (or seconds: see `unit`).
+
+    The product must do nothing wrong, and publish again `within` so many seconds; the naive relay must do wrong what
+    `control` says. Where it cannot, `control` is empty and `why` says why. `forgets`: PostgreSQL itself loses commits,
+    whose events are in Redis all the same. `missing` says what this machine lacks.
+    `fails` says why the product is expected to fail. `control_times` is set where a short run is too short to hit a
+    narrow gap of the control.
+    """
+
+    name: str
+    what: str
+    inflict: Callable[[Trial], None]
+    short: int
+    long: int
+    control: str
+    why: str = ""
+    unit: str = ""
+    within: float = 15
+    postgres: dict[str, str] = field(default_factory=dict)
+    redis: dict[str, str] = field(default_factory=dict)
+    between: Between = "nobody"
+    commits_may_fail: bool = False
+    journal_is_whole: bool = True
+    forgets: bool = False
+    missing: str = ""
+    fails: str = ""
+    control_times: int = 0
+
+    def try_it(self, times: int, seed: int, naive: bool, watch: Callable[[Trial], None] = id) -> Outcome:
+        """Run it on servers of its own; `watch` is given the trial before it starts."""
+        with open_trial(
+            naive=naive,
+            times=times,
+            within=self.within,
+            seed=f"{seed} {self.name}",
+            postgres=self.postgres,
+            redis=self.redis,
+            between=self.between,
+        ) as trial:
+            watch(trial)
+            self.inflict(trial)
+            return trial.judge(self.commits_may_fail, self.journal_is_whole)
+
+    def verdict(self, outcome: Outcome) -> str:
+        """Say what the product did wrong; nothing if it kept the promise."""
+        wrong = outcome.wrong().items()
+        return ", ".join(
+            f"{name} {count}" for name, count in wrong if not (self.forgets and name == "phantom")
+        )
+
+    def control_verdict(self, outcome: Outcome) -> str:
+        """Say that the naive relay did not fail; nothing if it did, as it must."""
+        return "" if outcome.wrong().get(self.control) else f"the control: {self.control} 0"
