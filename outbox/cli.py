@@ -53,10 +53,11 @@ from outbox.relay import Relay
 from outbox.report import Columns, Report, counted, printable, progress, shown, start_logging, to_json
 from outbox.settings import Settings, is_local, redact, safe_url
 from outbox.store import APPLICATION, database_in_clear
-from outbox.streams import Streams, redis_in_clear
+from outbox.streams import Streams, memory_used, redis_in_clear
 
 log = logging.getLogger("outbox.cli")
 
+LANE_SETTINGS = ("lanes", "threshold", "backfill_suffix", "lane_max_entries", "redis_memory_percent")
 WATCH_SECONDS = 2.0
 EPILOG = """\b
 Exit codes:
@@ -335,7 +336,7 @@ def demo() -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--watch", is_flag=True, help="show it again every 2 s, until Ctrl-C")
-@with_settings(*CONNECTION, "lanes", "threshold", "backfill_suffix")
+@with_settings(*CONNECTION, *LANE_SETTINGS)
 def status(config: Settings, as_json: bool, watch: bool) -> None:
     """Show what waits, what was lost, who leads and who reads.
 
@@ -349,8 +350,10 @@ def status(config: Settings, as_json: bool, watch: bool) -> None:
       priorities                          [{priority, lane, pending, scheduled,
                                             retrying, oldest_seconds}]
       lanes                               {name: {entries, pending, dead_letters,
-                                            groups}}; pending is in PostgreSQL,
-                                          the rest in Redis: null where unknown
+                                            groups, waits}}; pending is in
+                                          PostgreSQL, the rest in Redis: null
+                                          where unknown; waits: nothing more is
+                                          published until Redis has room
       ... groups                          [{name, consumers, lag, pending,
                                             oldest_seconds}]; lag was not given
                                           to a consumer yet, pending was and is
@@ -360,7 +363,8 @@ def status(config: Settings, as_json: bool, watch: bool) -> None:
       streams_lost, batches_lost          what Redis has lost until now
       journal                             {batches, bytes, oldest_seconds};
                                           bytes of disk
-      redis                               {version, batch, error}
+      redis                               {version, batch, memory_used, error};
+                                          memory_used of maxmemory, 0 to 1
 
     \b
     Examples:
@@ -427,6 +431,7 @@ def read_status(config: Settings) -> dict[str, Any]:
                 "pending": sum(row["pending"] for row in waiting if row["lane"] == lane),
                 "dead_letters": None,
                 "groups": None,
+                "waits": None,
             }
             | lanes.get(lane, {})
             for lane in sorted({*lanes, *(row["lane"] for row in waiting)})
@@ -452,10 +457,15 @@ def _read_redis(
         try:
             batch, known = streams.state(outbox_id)
             found = {lane: _read_lane(streams, lane) for lane in sorted({*lanes, *known})}
-            version = _version_of(streams.server())
-            return {"version": version, "batch": batch, "error": None}, found
+            info = streams.server()
         except RedisUnavailable as error:
-            return {"version": None, "batch": None, "error": redact(str(error))}, {}
+            return {"version": None, "batch": None, "memory_used": None, "error": redact(str(error))}, {}
+    used, rule = memory_used(info), config.lane_rule()
+    entries = {lane: facts["entries"] for lane, facts in found.items()}
+    pause = rule.pause(entries, config.lane_max_entries, used, config.redis_memory_percent / 100)
+    for lane, facts in found.items():
+        facts["waits"] = rule.waits(lane, pause)
+    return {"version": _version_of(info), "batch": batch, "memory_used": used, "error": None}, found
 
 
 def _read_lane(streams: Streams, lane: str) -> dict[str, Any]:
@@ -520,6 +530,8 @@ def status_report(state: dict[str, Any]) -> Report:
 
 
 def _readers(lane: dict[str, Any]) -> str | None:
+    if lane["waits"]:
+        return "it is full: events wait"
     if lane["groups"]:
         return ", ".join(group["name"] for group in lane["groups"])
     return "no group reads it" if lane["groups"] == [] and lane["entries"] else None

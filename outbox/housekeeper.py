@@ -10,7 +10,7 @@ from outbox.lanes import LOWEST, NO_PAUSE
 from outbox.loop import Every, Stop
 from outbox.settings import Settings
 from outbox.store import Store
-from outbox.streams import Streams
+from outbox.streams import Streams, memory_used
 
 log = logging.getLogger("outbox.housekeeper")
 
@@ -59,7 +59,7 @@ class Housekeeper:
         """Decide what the relay should leave in PostgreSQL, so that Redis does not fill up."""
         settings = self._settings
         entries = self._streams.lengths(self._lanes()) if settings.lane_max_entries else {}
-        used, share = self._streams.memory_used(), settings.redis_memory_percent / 100
+        used, share = memory_used(self._streams.server()), settings.redis_memory_percent / 100
         pause = self._lane_rule.pause(entries, settings.lane_max_entries, used, share)
         if pause[:2] != self.pause[:2]:
             what = [f"priorities below {pause.floor}"] if pause.floor > LOWEST else []

@@ -62,6 +62,10 @@ class Lanes:
             floor = BEYOND if used >= (1 + share) / 2 or not self.on else self.threshold
         return Pause(floor, tuple(full), self.threshold if self.on else LOWEST, f":{self.suffix}")
 
+    def waits(self, lane: str, pause: Pause) -> bool:
+        """Return whether events of a lane are to wait."""
+        return lane in pause.lanes or pause.floor >= (self.threshold if self.is_backfill(lane) else BEYOND)
+
     def is_backfill(self, lane: str) -> bool:
         """Return whether a lane is a backfill one."""
         return self.on and lane.endswith(f":{self.suffix}")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -357,12 +357,6 @@ class Streams:
         except redis.ResponseError:
             return None
 
-    def memory_used(self) -> float:
-        """Return the used share of maxmemory, from 0 to 1; 0 without a limit, or where we may not ask."""
-        info = self.server()
-        most = int(info.get("maxmemory", 0))
-        return int(info.get("used_memory", 0)) / most if most else 0.0
-
     def trim(self, lane: str, before_ms: int, *, dry: bool = False) -> Trimmed:
         """Drop what all groups of a lane have finished and is older than a time, a few thousand entries at once.
 
@@ -443,6 +437,12 @@ class Streams:
             "pending": given["pending"],
             "oldest_seconds": max(0.0, now_seconds - min(published)) if published else None,
         }
+
+
+def memory_used(info: Mapping[str, Any]) -> float:
+    """Return the used share of maxmemory, from 0 to 1, by what INFO says; 0 without a limit, or a right to ask."""
+    most = int(info.get("maxmemory", 0))
+    return int(info.get("used_memory", 0)) / most if most else 0.0
 
 
 def connection_pool(library: Any, url: str, name: str, timeout_seconds: float) -> Any:

@@ -315,7 +315,7 @@ def test_a_redis_that_does_not_tell_its_policy_is_warned_of_once_and_used(
     assert result.exit_code == 0, result.output
     assert result.stderr.count("redis_policy_unknown") == 1
     assert redis.xlen(stream) == 1
-    assert state["redis"] == {"version": None, "batch": 1, "error": None}
+    assert state["redis"] == {"version": None, "batch": 1, "memory_used": 0.0, "error": None}
 
 
 # -- run -------------------------------------------------------------------------------------------
@@ -437,8 +437,8 @@ def test_status_tells_what_waits_and_what_is_in_the_lanes(
     ]
     assert rows == [(50, stream, 1, 0, 0), (-50, f"{stream}:backfill", 3, 1, 1)]
     assert state["lanes"] == {
-        stream: {"entries": 1, "pending": 1, "dead_letters": 0, "groups": []},
-        f"{stream}:backfill": {"entries": 0, "pending": 3, "dead_letters": 0, "groups": []},
+        stream: {"entries": 1, "pending": 1, "dead_letters": 0, "groups": [], "waits": False},
+        f"{stream}:backfill": {"entries": 0, "pending": 3, "dead_letters": 0, "groups": [], "waits": False},
     }
     assert state["oldest_seconds"] > 0
     assert state["leader"].endswith(f":{os.getpid()}")
@@ -472,7 +472,7 @@ def test_status_shows_a_lane_that_is_no_stream(
     result = invoke("status", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["lanes"] == {
-        stream: {"entries": None, "pending": 1, "dead_letters": 0, "groups": None}
+        stream: {"entries": None, "pending": 1, "dead_letters": 0, "groups": None, "waits": False}
     }
 
 

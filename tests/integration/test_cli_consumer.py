@@ -554,7 +554,7 @@ def status(box: Box, invoke: Invoke, database_url: str) -> Callable[..., Any]:
 
 
 def test_status_tells_how_far_each_group_is(status: Callable[..., Any], redis: Any, box: Box) -> None:
-    assert status()["s"] == {"entries": 1, "pending": 0, "dead_letters": 0, "groups": []}
+    assert status()["s"] == {"entries": 1, "pending": 0, "dead_letters": 0, "groups": [], "waits": False}
     for group in ("billing", "mail"):
         redis.xgroup_create("s", group, "0")
     redis.xreadgroup("mail", "process-1", {"s": ">"})
@@ -614,7 +614,7 @@ def test_status_without_the_right_to_look_at_groups_knows_none(
         url = make_url(redis_url).set(username=user, password="canary")
         restricted = url.render_as_string(hide_password=False)
         assert status(OUTBOX_REDIS_URL=restricted)["s"] == {
-            "entries": 1, "pending": 0, "dead_letters": 0, "groups": None,
+            "entries": 1, "pending": 0, "dead_letters": 0, "groups": None, "waits": False,
         }  # fmt: skip
     finally:
         redis.execute_command("ACL", "DELUSER", user)

@@ -2,9 +2,11 @@
 
 import pytest
 
+from outbox.cli import read_status
 from outbox.errors import RedisUnavailable
 from outbox.lanes import BEYOND, LOWEST, Lanes
 from outbox.priority import Priority
+from outbox.settings import Settings
 from tests.integration.test_wakeup import running, wait_until
 
 LANES = Lanes()
@@ -120,3 +122,16 @@ def test_with_a_nearly_full_redis_everything_waits_and_no_attempt_is_spent(box, 
     relay._housekeeper.look_at_pressure()
     settle(relay)
     assert box.lane() == ["payment"]
+
+
+def test_status_says_which_lanes_wait(box, maxmemory):
+    box.add("bulk", priority=Priority.BULK)
+    box.add("payment")
+    box.relay().drain()
+    maxmemory(85)
+    state = read_status(Settings(database_url=box.database_url, redis_url=box.redis_url))
+    assert {lane: facts["waits"] for lane, facts in state["lanes"].items()} == {
+        "s": False,
+        "s:backfill": True,
+    }
+    assert 0.8 < state["redis"]["memory_used"] < 0.9
