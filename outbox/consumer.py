@@ -67,7 +67,9 @@ PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
-MOST_WAITING = 10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
+MOST_WAITING = (
+    10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
+)
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
 
 OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
@@ -424,12 +426,13 @@ class _Core:
         """Note the event in the inbox, run the handlers if it is the first time, and commit."""
         await settled(session.begin())
         noted = await self._in_inbox(session, inbox.first_time(self.group, event.id))
-        if noted.rowcount:
+        is_new = noted.first() is not None
+        if is_new:
             with _only_we_commit(session):
                 for function, event.data in calls:
                     await self._call(worker, function, event, session)
         await settled(session.commit())
-        return "handled" if noted.rowcount else "repeated"
+        return "handled" if is_new else "repeated"
 
     async def _in_inbox(self, session: Any, statement: Any) -> Any:
         try:
@@ -462,7 +465,9 @@ class _Core:
         try:
             buried = await worker.groups.bury(entry, reason[:1000], died_at)
         except RedisUnavailable as refusal:  # of the dead letters alone, it may be: others go on
-            log.error("%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"})
+            log.error(
+                "%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"}
+            )
             later = time.monotonic() + self._backoff[1]
             self._hand.put_back(Again(later, next(_numbers), entry.lane, entry.id, entry))
             return

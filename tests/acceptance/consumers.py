@@ -17,11 +17,9 @@ import json
 import os
 import random
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -33,6 +31,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import Consumer
 from outbox.groups import Groups
+from tests.acceptance.harness import RelayProcess, wait_until
 
 LANES = ("s", "s:backfill")
 CLAIM_IDLE = timedelta(seconds=2)
@@ -113,10 +112,8 @@ class Consumers:
 
     # -- processes ----------------------------------------------------------------------------------------
 
-    def start(self, name: str, kind: str = "inbox", die_at: str = "", **options: Any) -> Any:
+    def start(self, name: str, kind: str = "inbox", die_at: str = "", **options: Any) -> RelayProcess:
         """Start a consumer: of the product, with "inbox" or "none", or the control that acks first ("early")."""
-        from tests.acceptance.harness import RelayProcess
-
         told = {"name": name, "kind": kind, "die_at": die_at} | options
         return RelayProcess(
             ["-m", "tests.acceptance.consumers"], self._environment | {"CONSUMER": json.dumps(told)}
@@ -140,8 +137,6 @@ class Consumers:
 
     def settle(self, kind: str = "inbox") -> Findings:
         """Let a last consumer finish, and compare. Nothing may be published any more."""
-        from tests.acceptance.harness import wait_until
-
         with self.start("last", kind):
             wait_until(lambda: self.redis.exists(*LANES) and self.settled(), "empty lanes")
         applied = [row[0] for row in self.sql.execute("SELECT name FROM effect")]
@@ -236,10 +231,8 @@ def acks_first(name: str, handle: Any) -> None:
     """The control: a consumer that acks what it reads, and then handles it."""
     client = redis_client.Redis.from_url(os.environ["REDIS_URL"])
     for lane in LANES:
-        try:
+        with suppress(redis_client.ResponseError):
             client.xgroup_create(lane, "g", "0", mkstream=True)
-        except redis_client.ResponseError:
-            pass
     while True:
         for lane, entries in client.xreadgroup("g", name, dict.fromkeys(LANES, ">"), count=50, block=100):
             client.xack(lane, "g", *(id_ for id_, _ in entries))

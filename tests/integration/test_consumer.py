@@ -29,7 +29,12 @@ LANES = ("s", "s:backfill", "t", "t:backfill")
 lanes = st.sampled_from(LANES)
 # An event: its lane, whether its handler asks for another try, and where its handler adds events in turn.
 events = st.tuples(lanes, st.booleans(), st.lists(lanes, max_size=3))
-MIXED = [("s:backfill", False, ["s"]), ("s", False, []), ("t:backfill", True, ["t"]), ("s:backfill", False, [])]
+MIXED = [
+    ("s:backfill", False, ["s"]),
+    ("s", False, []),
+    ("t:backfill", True, ["t"]),
+    ("s:backfill", False, []),
+]
 
 
 def check_order(bank: Bank, plan: list[tuple[str, bool, list[str]]]) -> None:
