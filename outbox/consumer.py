@@ -426,12 +426,13 @@ class _Core:
         """Note the event in the inbox, run the handlers if it is the first time, and commit."""
         await settled(session.begin())
         noted = await self._in_inbox(session, inbox.first_time(self.group, event.id))
-        if noted.rowcount:
+        is_new = noted.first() is not None
+        if is_new:
             with _only_we_commit(session):
                 for function, event.data in calls:
                     await self._call(worker, function, event, session)
         await settled(session.commit())
-        return "handled" if noted.rowcount else "repeated"
+        return "handled" if is_new else "repeated"
 
     async def _in_inbox(self, session: Any, statement: Any) -> Any:
         try:

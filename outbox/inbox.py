@@ -15,12 +15,12 @@ PURGED_AT_ONCE = 5000  # rows
 
 
 def first_time(group: str, event_id: UUID) -> Any:
-    """Return the statement that notes an event: it inserts one row the first time, and none after that.
+    """Return the statement that notes an event: it returns its id the first time, and nothing after that.
 
     While another transaction is noting the same event, it waits for that transaction's end.
     """
     row = {"consumer_group": group, "event_id": event_id}
-    return insert(outbox_inbox).values(row).on_conflict_do_nothing()
+    return insert(outbox_inbox).values(row).on_conflict_do_nothing().returning(outbox_inbox.c.event_id)
 
 
 def purge(group: str, before: datetime) -> Delete:

@@ -31,6 +31,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import Consumer
 from outbox.groups import Groups
+from tests.acceptance.harness import RelayProcess, wait_until
 
 LANES = ("s", "s:backfill")
 CLAIM_IDLE = timedelta(seconds=2)
@@ -111,10 +112,8 @@ class Consumers:
 
     # -- processes ----------------------------------------------------------------------------------------
 
-    def start(self, name: str, kind: str = "inbox", die_at: str = "", **options: Any) -> Any:
+    def start(self, name: str, kind: str = "inbox", die_at: str = "", **options: Any) -> RelayProcess:
         """Start a consumer: of the product, with "inbox" or "none", or the control that acks first ("early")."""
-        from tests.acceptance.harness import RelayProcess
-
         told = {"name": name, "kind": kind, "die_at": die_at} | options
         return RelayProcess(
             ["-m", "tests.acceptance.consumers"], self._environment | {"CONSUMER": json.dumps(told)}
@@ -138,8 +137,6 @@ class Consumers:
 
     def settle(self, kind: str = "inbox") -> Findings:
         """Let a last consumer finish, and compare. Nothing may be published any more."""
-        from tests.acceptance.harness import wait_until
-
         with self.start("last", kind):
             wait_until(lambda: self.redis.exists(*LANES) and self.settled(), "empty lanes")
         applied = [row[0] for row in self.sql.execute("SELECT name FROM effect")]
