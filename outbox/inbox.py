@@ -20,7 +20,8 @@ def first_time(group: str, event_id: UUID) -> Any:
     While another transaction is noting the same event, it waits for that transaction's end.
     """
     row = {"consumer_group": group, "event_id": event_id}
-    return insert(outbox_inbox).values(row).on_conflict_do_nothing()
+    noted = insert(outbox_inbox).values(row).on_conflict_do_nothing()
+    return noted.execution_options(preserve_rowcount=True)  # else it is -1, which looks like a first time
 
 
 def purge(group: str, before: datetime) -> Delete:
