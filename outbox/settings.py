@@ -69,7 +69,7 @@ class Settings:
     on_redis_reset: Literal["replay", "halt"] = _setting(
         "replay", "when Redis comes back empty: send the journal again, or stop publishing"
     )
-    takeover_seconds: float = _setting(5.0, "a frozen relay is replaced within this time", 1, 3600)
+    takeover_seconds: float = _setting(5.0, "a frozen relay is replaced within this time", 1, 86400)
     wake: Literal["auto", "poll"] = _setting("auto", "auto: LISTEN/NOTIFY where it works; poll: never")
     poll_seconds: float = _setting(1.0, "longest pause between two looks at an idle outbox", 0.001)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "least to be logged")
