@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import heapq
 import inspect
 import itertools
 import logging
@@ -27,20 +26,13 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
-
-from outbox import inbox
 from outbox.errors import (
-    DatabaseUnavailable,
     InvalidEvent,
     InvalidHandler,
     InvalidSetting,
@@ -52,9 +44,20 @@ from outbox.errors import (
     first_line,
 )
 from outbox.event import Received, check_stream, check_text, class_of, decoder, kind_of, tracing
-from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost, finish, settled
+from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost
+from outbox.hand import Again, Hand
+from outbox.inbox import Inbox
 from outbox.lanes import STREAM_NAME, Lanes
-from outbox.loop import AsyncStop, Backoff, Every, Stop, backoff_seconds, stop_on_signals
+from outbox.loop import (
+    AsyncStop,
+    Backoff,
+    Every,
+    Stop,
+    backoff_seconds,
+    finish,
+    settled,
+    stop_on_signals,
+)
 from outbox.priority import handling
 from outbox.settings import redact
 
@@ -67,14 +70,10 @@ PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
-MOST_WAITING = (
-    10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
-)
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
 
 OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
 
-_numbers = itertools.count(1)
 _names = itertools.count(1)
 
 
@@ -91,111 +90,6 @@ class Handler(NamedTuple):
 
 
 Call = tuple[Callable[..., Any], Any]  # a handler, and the event's data as it wants it
-
-
-class Again(NamedTuple):
-    """A pending entry that is to be handled at a time of the monotonic clock.
-
-    `entry`: it was delivered at `since` but could not be handled, through no fault of its own. Without it, it is
-    to be delivered once more.
-    """
-
-    at: float
-    number: int
-    lane: str
-    id: str
-    entry: Entry | None = None
-    since: float = 0.0
-
-
-class Hand:
-    """What this process has in hand, shared by its workers and its keeper; no method blocks."""
-
-    def __init__(self, idle_seconds: float, is_primary: Callable[[str], bool]) -> None:
-        self._sure_seconds = idle_seconds / 2
-        self._is_primary = is_primary
-        self._lock = threading.Lock()
-        self._held: dict[str, dict[str, None]] = defaultdict(dict)
-        self._fresh: deque[Again] = deque()
-        self._again: dict[bool, list[Again]] = {True: [], False: []}  # heaps, by: of a primary lane
-        self.renewed_at = 0.0  # by the monotonic clock
-
-    def read(self, entries: Iterable[Entry], since: float) -> Again | None:
-        """Hold entries that were delivered for the first time: return the first, and keep the others for anybody.
-
-        One that is in hand already was taken up as pending by another worker, just after its delivery.
-        """
-        with self._lock:
-            new = [entry for entry in entries if entry.id not in self._held[entry.lane]]
-            for entry in new:
-                self._held[entry.lane][entry.id] = None
-            read = [Again(0.0, 0, entry.lane, entry.id, entry, since) for entry in new]
-            self._fresh.extend(read[1:])
-            return read[0] if read else None
-
-    def fresh(self) -> Again | None:
-        """Return the first entry of those that were read."""
-        try:
-            return self._fresh.popleft()
-        except IndexError:
-            return None
-
-    def adopt(self, lane: str, ids: Iterable[str]) -> None:
-        """Hold pending entries that nobody in this process has in hand, to be delivered at once."""
-        with self._lock:
-            for id_ in ids:
-                if id_ not in self._held[lane]:
-                    self._held[lane][id_] = None
-                    self._push(Again(0.0, next(_numbers), lane, id_))
-
-    def retry(self, entry: Entry, at: float) -> None:
-        """Have an entry delivered once more at a time."""
-        with self._lock:
-            self._push(Again(at, next(_numbers), entry.lane, entry.id))
-
-    def put_back(self, again: Again) -> None:
-        """Take back what could not be handled, through no fault of its own."""
-        with self._lock:
-            self._push(again)
-
-    def due(self, primary: bool) -> Again | None:
-        """Return an entry whose time has come."""
-        heap = self._again[primary]
-        if not heap:
-            return None
-        with self._lock:
-            return heapq.heappop(heap) if heap and heap[0].at <= time.monotonic() else None
-
-    def next_at(self) -> float:
-        """Return the earliest time at which an entry is to be handled again."""
-        with self._lock:
-            return min((heap[0].at for heap in self._again.values() if heap), default=float("inf"))
-
-    def surely_ours(self, found: Again) -> bool:
-        """Return whether an entry that was delivered cannot have been claimed by another consumer.
-
-        It may have been when this process was frozen, or Redis was away, for longer than the heartbeat.
-        """
-        sure = time.monotonic() - max(found.since, self.renewed_at) < self._sure_seconds
-        return sure and found.id in self._held[found.lane]
-
-    def drop(self, lane: str, ids: Iterable[str]) -> None:
-        """Forget entries: they are acked, or not ours any more."""
-        with self._lock:
-            for id_ in ids:
-                self._held[lane].pop(id_, None)
-
-    def held(self) -> dict[str, list[str]]:
-        """Return the entry ids in hand, by lane."""
-        with self._lock:
-            return {lane: list(ids) for lane, ids in self._held.items() if ids}
-
-    def is_full(self, primary: bool) -> bool:
-        """Return whether so much is to be tried again that nothing new should be read of these lanes."""
-        return len(self._again[primary]) >= MOST_WAITING
-
-    def _push(self, again: Again) -> None:
-        heapq.heappush(self._again[self._is_primary(again.lane)], again)
 
 
 class _Core:
@@ -236,7 +130,7 @@ class _Core:
         self._stream_of = dict(zip(self._primary + self._backfill, self._primary * 2, strict=True))
         self._lost = Counter(dict.fromkeys(self._stream_of, 0))
         self._redis_url = redis_url
-        self._sessions = sessions
+        self._inbox = None if sessions is None else Inbox(sessions, group)
         self._concurrency = concurrency
         self._unknown = unknown
         self._max_deliveries = max_deliveries
@@ -291,7 +185,7 @@ class _Core:
         return register
 
     def _check_handler(self, handler: Callable[..., Any]) -> None:
-        given = ("event",) if self._sessions is None else ("event", "session")
+        given = ("event",) if self._inbox is None else ("event", "session")
         try:
             inspect.signature(handler).bind(*given)
         except TypeError:
@@ -406,39 +300,14 @@ class _Core:
             return await self._apply_within(worker, event, calls)
 
     async def _apply_within(self, worker: Worker, event: Received, calls: list[Call]) -> str:
-        if self._sessions is not None:
-            return await self._in_session(lambda session: self._transact(worker, session, event, calls))
-        for function, event.data in calls:
-            await self._call(worker, function, event)
-        return "handled"
+        async def handle(*session: Any) -> None:
+            for function, event.data in calls:
+                await self._call(worker, function, event, *session)
 
-    async def _in_session(self, use: Callable[[Any], Awaitable[T]]) -> T:
-        """Use a session of the service, and close it. Raises DatabaseUnavailable for what no event is to blame for."""
-        assert self._sessions is not None
-        with _translated():
-            session = self._sessions()
-            try:
-                return await use(session)
-            finally:
-                await settled(session.close())
-
-    async def _transact(self, worker: Worker, session: Any, event: Received, calls: list[Call]) -> str:
-        """Note the event in the inbox, run the handlers if it is the first time, and commit."""
-        await settled(session.begin())
-        noted = await self._in_inbox(session, inbox.first_time(self.group, event.id))
-        is_new = noted.first() is not None
-        if is_new:
-            with _only_we_commit(session):
-                for function, event.data in calls:
-                    await self._call(worker, function, event, session)
-        await settled(session.commit())
-        return "handled" if is_new else "repeated"
-
-    async def _in_inbox(self, session: Any, statement: Any) -> Any:
-        try:
-            return await settled(session.execute(statement))
-        except DBAPIError as error:  # the tables may be missing, say
-            raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
+        if self._inbox is None:
+            await handle()
+            return "handled"
+        return "handled" if await self._inbox.apply(event.id, handle) else "repeated"
 
     async def _fail(self, worker: Worker, entry: Entry, error: BaseException) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
@@ -469,7 +338,7 @@ class _Core:
                 "%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"}
             )
             later = time.monotonic() + self._backoff[1]
-            self._hand.put_back(Again(later, next(_numbers), entry.lane, entry.id, entry))
+            self._hand.put_back(Again(later, 0, entry.lane, entry.id, entry))
             return
         self._hand.drop(entry.lane, [entry.id])
         if buried:
@@ -544,22 +413,12 @@ class _Core:
 
     async def _purge(self, groups: Groups) -> None:
         """Delete old rows of the inbox: of no event that Redis still has, or the relay may send again."""
-        if self._sessions is None:
+        if self._inbox is None:
             return
         before = datetime.now(UTC) - self._inbox_retention
         if (oldest_ms := await groups.oldest_ms()) is not None:
             before = min(before, datetime.fromtimestamp(oldest_ms / 1000, UTC) - INBOX_MARGIN)
-        while not self._stop.is_set():
-            if (
-                await self._in_session(lambda session: self._purge_some(session, before))
-                < inbox.PURGED_AT_ONCE
-            ):
-                break
-
-    async def _purge_some(self, session: Any, before: datetime) -> int:
-        done = await self._in_inbox(session, inbox.purge(self.group, before))
-        await settled(session.commit())
-        return int(done.rowcount)
+        await self._inbox.purge(before, self._stop.is_set)
 
     # -- what differs --------------------------------------------------------------------------------------
 
@@ -894,47 +753,3 @@ def _check(**arguments: Any) -> None:
                 raise InvalidSetting(f"{name}: an integer of at least 1 is needed, not {value!r}")
         else:
             raise InvalidSetting(f"{name}: a timedelta is needed, not {value!r}")
-
-
-# -- the handler's transaction -----------------------------------------------------------------------------
-
-HANDLING = "outbox.handling"  # key in `session.info`
-
-
-@contextmanager
-def _only_we_commit(session: Any) -> Iterator[None]:
-    """Refuse a handler's own commit or rollback: the inbox's row would part from the rest of its effects."""
-    session = getattr(session, "sync_session", session)
-    transaction = session.get_transaction()
-    session.info[HANDLING] = True
-    try:
-        yield
-    finally:
-        del session.info[HANDLING]
-    if session.get_transaction() is not transaction:
-        raise InvalidHandler(
-            "a handler has rolled back the session that its consumer commits: use begin_nested()"
-        )
-
-
-@sqlalchemy_event.listens_for(Session, "before_commit")
-def _refuse_commit(session: Session) -> None:
-    if session.info.get(HANDLING) and not session.in_nested_transaction():
-        raise InvalidHandler("a handler must not commit its session: its consumer does, with the inbox's row")
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn errors of the connection to PostgreSQL, which no event is to blame for, into DatabaseUnavailable."""
-    try:
-        yield
-    except PoolTimeout as error:
-        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
-    except DBAPIError as error:
-        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-        of_connection = isinstance(error, (OperationalError, InterfaceError)) and (
-            state is None or state.startswith(("08", "57P", "53"))
-        )
-        if not (error.connection_invalidated or of_connection):
-            raise
-        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error.orig or error)}") from error

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
-from outbox.groups import DEAD, Connection, finish, pairs
+from outbox.groups import DEAD, Connection, pairs
+from outbox.loop import finish
 
 PAGE = 100  # entries
 

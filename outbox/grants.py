@@ -74,6 +74,7 @@ READS = (*CONNECTS, "info", "hgetall", "xlen")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "relay": (
         *("eval", "evalsha", "xadd", "xinfo|stream", "hget", "hset", "hexists", "hdel"),
+        *("xinfo|groups", "xpending", "xtrim"),  # to trim the lanes
         *READS,
     ),
     "reader": READS,

@@ -21,16 +21,14 @@ is one implementation for both. All but `wait` are one script each: what they lo
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import redis
 
 from outbox.errors import RedisUnavailable
+from outbox.loop import settled
 from outbox.streams import connection_pool
-
-T = TypeVar("T")
 
 DEAD = ":dlq"  # suffix of the stream of a lane's dead letters
 FOR_GROUP = b"dlq:group"  # in an entry of a lane: a replayed dead letter, which is for this group alone
@@ -163,24 +161,6 @@ class Lost(NamedTuple):
 
     lane: str
     id: str
-
-
-def finish(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, because all that it awaits is blocking."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    coroutine.close()
-    raise AssertionError("a coroutine of a blocking consumer was suspended")
-
-
-async def settled(value: Any) -> Any:
-    """Return a value, or what it comes to when it is awaitable: blocking and asyncio libraries look alike so."""
-    if isinstance(value, (list, bytes, int)):  # the replies of a blocking client, most of the time
-        return value
-    return await value if inspect.isawaitable(value) else value
 
 
 class Connection:

@@ -1,35 +1,128 @@
-"""The idempotent consumer: a row for each event that a group has handled, in the transaction of its effects."""
+"""The idempotent consumer: a row for each event that a group has handled, in the transaction of its effects.
+
+Methods are coroutines that never suspend with the sessions of a blocking service: see `outbox.loop.finish`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Delete, delete, select
+from sqlalchemy import delete, event, select
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
+from outbox.errors import DatabaseUnavailable, InvalidHandler, first_line
+from outbox.loop import settled
 from outbox.tables import outbox_inbox
+
+T = TypeVar("T")
 
 PURGED_AT_ONCE = 5000  # rows
 
 
-def first_time(group: str, event_id: UUID) -> Any:
-    """Return the statement that notes an event: it returns its id the first time, and nothing after that.
+class Inbox:
+    """What a group has handled. `sessions` makes Sessions or AsyncSessions of the service.
 
-    While another transaction is noting the same event, it waits for that transaction's end.
+    Methods raise DatabaseUnavailable for whatever no event is to blame for: a lost connection, missing tables.
     """
-    row = {"consumer_group": group, "event_id": event_id}
-    return insert(outbox_inbox).values(row).on_conflict_do_nothing().returning(outbox_inbox.c.event_id)
+
+    def __init__(self, sessions: Callable[[], Any], group: str) -> None:
+        self._sessions, self._group = sessions, group
+
+    async def apply(self, event_id: UUID, effects: Callable[[Any], Awaitable[None]]) -> bool:
+        """Note an event, and await `effects(session)` in the same transaction; return whether it was the first time.
+
+        The second time nothing is done. While another transaction notes the same event, this waits for its end.
+        """
+
+        async def transact(session: Any) -> bool:
+            row = {"consumer_group": self._group, "event_id": event_id}
+            noting = insert(outbox_inbox).values(row).on_conflict_do_nothing()
+            noted = await self._execute(session, noting.returning(outbox_inbox.c.event_id))
+            is_new = noted.first() is not None
+            if is_new:
+                with _only_we_commit(session):
+                    await effects(session)
+            return is_new
+
+        return await self._in_transaction(transact)
+
+    async def purge(self, before: datetime, is_enough: Callable[[], bool]) -> None:
+        """Delete the rows from before a time, some thousands a transaction, until there are none or it `is_enough`."""
+        table = outbox_inbox
+        oldest = (
+            select(table.c.event_id)
+            .where(table.c.consumer_group == self._group, table.c.handled_at < before)
+            .order_by(table.c.handled_at)
+            .limit(PURGED_AT_ONCE)
+        )
+        purge = delete(table).where(table.c.consumer_group == self._group, table.c.event_id.in_(oldest))
+        while not is_enough():
+            done = await self._in_transaction(lambda session: self._execute(session, purge))
+            if done.rowcount < PURGED_AT_ONCE:
+                break
+
+    async def _in_transaction(self, use: Callable[[Any], Awaitable[T]]) -> T:
+        with _translated():
+            session = self._sessions()
+            try:
+                await settled(session.begin())
+                result = await use(session)
+                await settled(session.commit())
+                return result
+            finally:
+                await settled(session.close())
+
+    async def _execute(self, session: Any, statement: Any) -> Any:
+        try:
+            return await settled(session.execute(statement))
+        except DBAPIError as error:  # the tables may be missing, say
+            raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
 
 
-def purge(group: str, before: datetime) -> Delete:
-    """Return the statement that deletes the oldest rows of a group, `PURGED_AT_ONCE` at the most."""
-    table = outbox_inbox
-    oldest = (
-        select(table.c.event_id)
-        .where(table.c.consumer_group == group, table.c.handled_at < before)
-        .order_by(table.c.handled_at)
-        .limit(PURGED_AT_ONCE)
-    )
-    return delete(table).where(table.c.consumer_group == group, table.c.event_id.in_(oldest))
+HANDLING = "outbox.handling"  # key in `session.info`
+
+
+@contextmanager
+def _only_we_commit(session: Any) -> Iterator[None]:
+    """Refuse a handler's own commit or rollback: the inbox's row would part from the rest of its effects."""
+    session = getattr(session, "sync_session", session)
+    transaction = session.get_transaction()
+    session.info[HANDLING] = True
+    try:
+        yield
+    finally:
+        del session.info[HANDLING]
+    if session.get_transaction() is not transaction:
+        raise InvalidHandler(
+            "a handler has rolled back the session that its consumer commits: use begin_nested()"
+        )
+
+
+@event.listens_for(Session, "before_commit")
+def _refuse_commit(session: Session) -> None:
+    if session.info.get(HANDLING) and not session.in_nested_transaction():
+        raise InvalidHandler("a handler must not commit its session: its consumer does, with the inbox's row")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn errors of the connection to PostgreSQL, which no event is to blame for, into DatabaseUnavailable."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+    except DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        of_connection = isinstance(error, (OperationalError, InterfaceError)) and (
+            state is None or state.startswith(("08", "57P", "53"))
+        )
+        if not (error.connection_invalidated or of_connection):
+            raise
+        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error.orig or error)}") from error

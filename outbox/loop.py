@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import random
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Stop:
@@ -130,3 +134,21 @@ class Every:
             return False
         self._next = now + self._seconds
         return True
+
+
+def finish(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, because all that it awaits is blocking."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    coroutine.close()
+    raise AssertionError("a coroutine of a blocking consumer was suspended")
+
+
+async def settled(value: Any) -> Any:
+    """Return a value, or what it comes to when it is awaitable: blocking and asyncio libraries look alike so."""
+    if isinstance(value, (list, bytes, int)):  # the replies of a blocking client, most of the time
+        return value
+    return await value if inspect.isawaitable(value) else value

@@ -172,7 +172,7 @@ def test_an_idle_consumer_is_woken_by_any_lane(bank, monkeypatch):
 
 
 def test_what_waits_for_its_time_does_not_keep_primary_from_being_read(bank, monkeypatch):
-    monkeypatch.setattr("outbox.consumer.MOST_WAITING", 3)
+    monkeypatch.setattr("outbox.hand.MOST_WAITING", 3)
 
     def act(event) -> None:
         if event.lane == "backfill":

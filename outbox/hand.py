@@ -1,0 +1,124 @@
+"""What one process of a consumer has in hand: entries that Redis has given it, and that are not acked yet."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from outbox.groups import Entry
+
+MOST_WAITING = (
+    10_000  # entries to be tried again of primary or backfill: with more, nothing new is read there
+)
+
+_numbers = itertools.count(1)
+
+
+class Again(NamedTuple):
+    """A pending entry that is to be handled at a time of the monotonic clock.
+
+    `entry`: it was delivered at `since` but could not be handled, through no fault of its own. Without it, it is
+    to be delivered once more.
+    """
+
+    at: float
+    number: int
+    lane: str
+    id: str
+    entry: Entry | None = None
+    since: float = 0.0
+
+
+class Hand:
+    """What this process has in hand, shared by its workers and its keeper; no method blocks."""
+
+    def __init__(self, idle_seconds: float, is_primary: Callable[[str], bool]) -> None:
+        self._sure_seconds = idle_seconds / 2
+        self._is_primary = is_primary
+        self._lock = threading.Lock()
+        self._held: dict[str, dict[str, None]] = defaultdict(dict)
+        self._fresh: deque[Again] = deque()
+        self._again: dict[bool, list[Again]] = {True: [], False: []}  # heaps, by: of a primary lane
+        self.renewed_at = 0.0  # by the monotonic clock
+
+    def read(self, entries: Iterable[Entry], since: float) -> Again | None:
+        """Hold entries that were delivered for the first time: return the first, and keep the others for anybody.
+
+        One that is in hand already was taken up as pending by another worker, just after its delivery.
+        """
+        with self._lock:
+            new = [entry for entry in entries if entry.id not in self._held[entry.lane]]
+            for entry in new:
+                self._held[entry.lane][entry.id] = None
+            read = [Again(0.0, 0, entry.lane, entry.id, entry, since) for entry in new]
+            self._fresh.extend(read[1:])
+            return read[0] if read else None
+
+    def fresh(self) -> Again | None:
+        """Return the first entry of those that were read."""
+        try:
+            return self._fresh.popleft()
+        except IndexError:
+            return None
+
+    def adopt(self, lane: str, ids: Iterable[str]) -> None:
+        """Hold pending entries that nobody in this process has in hand, to be delivered at once."""
+        with self._lock:
+            for id_ in ids:
+                if id_ not in self._held[lane]:
+                    self._held[lane][id_] = None
+                    self._push(Again(0.0, next(_numbers), lane, id_))
+
+    def retry(self, entry: Entry, at: float) -> None:
+        """Have an entry delivered once more at a time."""
+        with self._lock:
+            self._push(Again(at, next(_numbers), entry.lane, entry.id))
+
+    def put_back(self, again: Again) -> None:
+        """Take back what could not be handled, through no fault of its own."""
+        with self._lock:
+            self._push(again)
+
+    def due(self, primary: bool) -> Again | None:
+        """Return an entry whose time has come."""
+        heap = self._again[primary]
+        if not heap:
+            return None
+        with self._lock:
+            return heapq.heappop(heap) if heap and heap[0].at <= time.monotonic() else None
+
+    def next_at(self) -> float:
+        """Return the earliest time at which an entry is to be handled again."""
+        with self._lock:
+            return min((heap[0].at for heap in self._again.values() if heap), default=float("inf"))
+
+    def surely_ours(self, found: Again) -> bool:
+        """Return whether an entry that was delivered cannot have been claimed by another consumer.
+
+        It may have been when this process was frozen, or Redis was away, for longer than the heartbeat.
+        """
+        sure = time.monotonic() - max(found.since, self.renewed_at) < self._sure_seconds
+        return sure and found.id in self._held[found.lane]
+
+    def drop(self, lane: str, ids: Iterable[str]) -> None:
+        """Forget entries: they are acked, or not ours any more."""
+        with self._lock:
+            for id_ in ids:
+                self._held[lane].pop(id_, None)
+
+    def held(self) -> dict[str, list[str]]:
+        """Return the entry ids in hand, by lane."""
+        with self._lock:
+            return {lane: list(ids) for lane, ids in self._held.items() if ids}
+
+    def is_full(self, primary: bool) -> bool:
+        """Return whether so much is to be tried again that nothing new should be read of these lanes."""
+        return len(self._again[primary]) >= MOST_WAITING
+
+    def _push(self, again: Again) -> None:
+        heapq.heappush(self._again[self._is_primary(again.lane)], again)
