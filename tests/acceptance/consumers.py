@@ -135,6 +135,11 @@ class Consumers:
                     return False
         return True
 
+    def unread(self, lane: str) -> bool:
+        """Return whether there is an entry that was never delivered."""
+        newest = self.redis.xrevrange(lane, count=1)
+        return any(newest[0][0] != group["last-delivered-id"] for group in self.redis.xinfo_groups(lane))
+
     def settle(self, kind: str = "inbox") -> Findings:
         """Let a last consumer finish, and compare. Nothing may be published any more."""
         with self.start("last", kind):

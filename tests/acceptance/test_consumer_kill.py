@@ -24,9 +24,9 @@ def kill_at_any_time(consumers: Consumers, kind: str, kills: int) -> None:
     chance = random.Random(5)
     with consumers.publishing(), consumers.start("lasting", kind, concurrency=2):
         for n in range(kills):
-            name = "again" if n % 2 else f"new {n}".replace(" ", "-")
+            name = "again" if n % 2 else f"new-{n}"
             with consumers.start(name, kind, concurrency=1 + n % 3) as process:
-                process.wait_for(lambda name=name: of(consumers, name), chance.randint(1, 150))
+                process.wait_for(lambda name=name: of(consumers, name), chance.randint(1, 60))
                 process.kill()
 
 
@@ -39,7 +39,7 @@ def test_killed_at_any_time(consumers):
     kill_at_any_time(consumers, "inbox", KILLS)
     findings = consumers.settle()
     print(f"{KILLS} kills: {findings}")
-    assert findings.applied > 50 * KILLS
+    assert findings.applied > 20 * KILLS
     assert findings == (findings.published, findings.published, 0, 0, 0)
 
 
@@ -106,13 +106,13 @@ def test_frozen_and_thawed(consumers, kind):
         wait_until(lambda: "T" in status(frozen.process.pid), "a frozen consumer")
         before = of(consumers, "frozen")
         with consumers.start("awake", kind):
-            wait_until(consumers.settled if kind == "none" else lambda: pending(consumers) <= 1)
+            wait_until(lambda: not consumers.unread("s") and pending(consumers) <= 1)
             frozen.process.send_signal(signal.SIGCONT)
             consumers.publish(50)
             wait_until(consumers.settled)
     findings = consumers.settle(kind)
     assert (findings.lost, findings.dead) == (0, 0)
-    assert findings.repeated == 0 if kind == "inbox" else findings.repeated <= 1
+    assert kind == "none" or findings.repeated == 0
     again = consumers.sql.execute(
         "SELECT name FROM effect WHERE consumer = 'frozen' AND substr(name, 2)::int BETWEEN 151 AND 299"
     ).fetchall()
