@@ -70,11 +70,11 @@ RIGHTS: dict[str, Rights] = {
 }
 
 CONNECTS = ("client|setname", "select")
-READS = (*CONNECTS, "info", "hgetall", "xlen")
+READS = (*CONNECTS, "info", "hgetall", "xlen", "xinfo|groups", "xpending", "xrange", "time")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "relay": (
         *("eval", "evalsha", "xadd", "xinfo|stream", "hget", "hset", "hexists", "hdel"),
-        *("xinfo|groups", "xpending", "xtrim"),  # to trim the lanes
+        "xtrim",
         *READS,
     ),
     "reader": READS,

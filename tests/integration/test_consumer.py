@@ -1,6 +1,8 @@
 """The consumer on a real Redis, in all its kinds: the order of the lanes, waking up, taking up, and ending."""
 
+import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -94,31 +96,41 @@ def test_one_read_of_both_lanes_does_not_keep_the_order(bank, monkeypatch):
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_a_primary_event_takes_the_next_free_slot_whatever_the_backlog(bank, concurrency):
-    passed, most_pending, lock = [], [], threading.Lock()
-    waiting: dict[str, int] = {}
+def test_a_primary_event_takes_the_next_free_slot_whatever_the_backlog(bank, monkeypatch, concurrency):
+    """No worker that asks after a primary event was added gets backfill before somebody gets that event."""
+    added, reads, most_pending = {}, [], []
+    following = Groups.next
+
+    async def noted(groups, *arguments, **named):
+        began = time.monotonic()
+        found = await following(groups, *arguments, **named)
+        reads.append((began, time.monotonic(), [entry.fields[b"data"] for entry in found.entries]))
+        return found
 
     def act(event) -> None:
-        with lock:
-            if event.lane == "primary":
-                passed.append(waiting.pop(event.data))
-                if len(passed) == 30:
-                    made.it.stop()
-                return
-            for name in waiting:
-                waiting[name] += 1
-            most_pending.append(bank.redis.xpending("s:backfill", "g")["pending"])
-            if len(most_pending) % 10 == 0:
-                waiting[f"primary {len(most_pending)}"] = 0
-                bank.add(f"primary {len(most_pending)}")
+        if event.lane == "primary":
+            if len(added) >= 30:
+                made.it.stop()
+            return
+        most_pending.append(bank.redis.xpending("s:backfill", "g")["pending"])
+        if len(most_pending) % 10 == 0:
+            name = f"primary {len(most_pending)}"
+            bank.add(name)
+            added[json.dumps(name).encode()] = time.monotonic()
 
     with bank.redis.pipeline(transaction=False) as pipeline:
         for n in range(100_000):
             pipeline.xadd("s:backfill", entry("bulk", "s:backfill", id=f"{n:032x}"))
         pipeline.execute()
+    monkeypatch.setattr(Groups, "next", noted)
     made = bank.consumer(act, concurrency=concurrency)
     made.run()
-    assert max(passed[:30]) <= concurrency - 1  # those that others had begun, or taken, before it came
+    gotten = {data: began for began, _, found in reads for data in found}
+    for name, since in added.items():
+        if name in gotten:
+            between = [read for read in reads if read[0] > since and read[1] < gotten[name] and read[2]]
+            assert between == [], name
+    assert len(gotten.keys() & added.keys()) >= 25
     assert max(most_pending) <= concurrency
 
 
@@ -392,7 +404,7 @@ def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank):
     made = bank.consumer(claim_idle=timedelta(milliseconds=20), name="me")
     made.it._purge_again = Every(0)
     with made.running():
-        wait_until(lambda: bank.consumers() == {"me"})
+        wait_until(lambda: bank.consumers() == {"me"} and bank.handled)
     assert bank.handled == ["a"]
 
 
