@@ -1,4 +1,5 @@
-"""Run the daemon until it reaches a point of its step, in most cases for the third time, and kill it there by signal 9.
+"""Run the daemon until it reaches a point of its step, in most cases for the third time, and kill it there by signal 9,
+or by another signal whose name is given.
 
 The points are methods of the product, wrapped from here: the product itself knows nothing of this.
 """
@@ -31,7 +32,7 @@ POINTS: dict[str, tuple[type, str, str]] = {
 PASSES = {"in connecting": 1, "in adopt": 1, "in look": 1, "in purge": 1, "in the reply": 12}
 
 
-def wrap(point: str) -> None:
+def wrap(point: str, name_of_signal: str = "SIGKILL") -> None:
     owner, name, when = POINTS[point]
     method = getattr(owner, name)
     left = PASSES.get(point, 3)
@@ -40,7 +41,7 @@ def wrap(point: str) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[name_of_signal])
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
         if when == "before":
@@ -54,6 +55,6 @@ def wrap(point: str) -> None:
 
 
 if __name__ == "__main__":
-    wrap(sys.argv[1])
+    wrap(*sys.argv[1:])
     sys.argv[1:] = ["run"]
     cli.main()

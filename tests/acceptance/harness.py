@@ -173,6 +173,11 @@ class RelayProcess:
         relay = psutil.Process(self.process.pid)
         wait_until(lambda: len(relay.net_connections("tcp")) >= 2, "a relay with its connections")
 
+    def wait_until_frozen(self) -> None:
+        """Block until the relay has been stopped by SIGSTOP."""
+        relay = psutil.Process(self.process.pid)
+        wait_until(lambda: relay.status() == psutil.STATUS_STOPPED, "a frozen relay")
+
     def wait_for_death(self) -> int:
         """Block until the process has ended by itself; return its status (-9: killed by signal 9)."""
         try:
@@ -272,10 +277,16 @@ class Harness:
 
     # -- the relays -------------------------------------------------------------------------------------
 
-    def relay(self, die_at: str | None = None, see: Sequence[str] = (), **settings: object) -> RelayProcess:
+    def relay(
+        self,
+        die_at: str | None = None,
+        by: str = "SIGKILL",
+        see: Sequence[str] = (),
+        **settings: object,
+    ) -> RelayProcess:
         """Start a relay: the daemon, or the naive one; with `die_at` it kills itself at a point of its step.
 
-        `see` are the URLs of both servers, if others than all relays have.
+        `by` is the signal, SIGSTOP freezes it. `see` are the URLs of both servers, if others than all relays have.
         """
         database_url, redis_url = see or self._relays_see
         environment = {
@@ -284,9 +295,9 @@ class Harness:
             "OUTBOX_BATCH_SIZE": "50",
         } | {f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
         if self.naive:
-            return RelayProcess([str(HERE / "naive.py"), *([die_at] if die_at else [])], environment)
+            return RelayProcess([str(HERE / "naive.py"), *([die_at, by] if die_at else [])], environment)
         if die_at:
-            return RelayProcess([str(HERE / "die_at.py"), die_at], environment)
+            return RelayProcess([str(HERE / "die_at.py"), die_at, by], environment)
         return RelayProcess(["-m", "outbox.cli", "run"], environment)
 
     def entries(self) -> int:

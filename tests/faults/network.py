@@ -40,9 +40,9 @@ def cut_off(trial: Trial) -> None:
     with trial.under_load(), trial.relay(see=trial.direct) as beside:
         beside.wait_until_connected()
         for _ in trial.rounds():
-            trial.wait_for_publish()
-            trial.to_database.withhold()
             trial.to_broker.withhold()
+            trial.lasts(0.3)  # so that a batch is on its way
+            trial.to_database.withhold()
             trial.recovers()
             trial.lasts(6)  # longer than a client waits for a reply
             trial.to_database.flow()

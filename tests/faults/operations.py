@@ -124,7 +124,7 @@ SCENARIOS = (
     Scenario(
         name="migration",
         what="a migration under load, with a transaction left open",
-        inflict=migrated, short=1, long=1, control="commits held up", within=30,
+        inflict=migrated, short=1, long=1, control="commits held up",
     ),
     Scenario(
         name="journal-purged",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.acceptance.harness import PATIENCE_SECONDS
 from tests.faults.trial import Between, Outcome, Trial, open_trial
 
 
@@ -27,7 +28,7 @@ class Scenario:
     control: str
     why: str = ""
     unit: str = ""
-    within: float = 15
+    within: float = PATIENCE_SECONDS
     postgres: dict[str, str] = field(default_factory=dict)
     redis: dict[str, str] = field(default_factory=dict)
     between: Between = "nobody"

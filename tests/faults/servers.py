@@ -158,7 +158,7 @@ SCENARIOS = (
     Scenario(
         name="redis-down",
         what="an outage of Redis",
-        inflict=redis_down, short=20, long=600, unit=" s", control="repeated", redis=ON_DISK, within=30,
+        inflict=redis_down, short=20, long=600, unit=" s", control="repeated", redis=ON_DISK,
     ),
     Scenario(
         name="redis-out-of-memory",

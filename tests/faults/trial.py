@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Literal, NamedTuple
 
 import redis as redis_client
@@ -83,17 +84,17 @@ class Trial(Harness):
         """Keep the service writing and so many relays running while the block runs; they may be replaced."""
         with ExitStack() as stack, self.writing(seed=self.chance.randint(0, 999)):
             stack.callback(self._end_relays)
-            self._start = lambda: self.relay(**settings)
+            self._start = partial(self.relay, **settings)
             self.relays = [self._start() for _ in range(relays)]
             for relay in self.relays:
                 relay.wait_until_connected()
             yield
 
-    def replace(self, relay: RelayProcess) -> RelayProcess:
-        """Kill a relay with signal 9, and start another in its place."""
+    def replace(self, relay: RelayProcess, **arguments: str) -> RelayProcess:
+        """Kill a relay with signal 9, and start another in its place; the arguments are those of `relay`."""
         relay.__exit__()
         place = self.relays.index(relay)
-        self.relays[place] = self._start()
+        self.relays[place] = self._start(**arguments)
         return self.relays[place]
 
     def leader(self) -> RelayProcess:
