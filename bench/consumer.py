@@ -55,12 +55,15 @@ from common import (
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from outbox import Consumer, Received, inbox
+from outbox import Consumer, Received
 from outbox.consumer import PREFETCH
 
 GROUP = "bench"
 BACKFILL_SECONDS = 0.002  # that a handler of backfill takes
 EFFECT = text("INSERT INTO effect (event_id) VALUES (:id)")
+NOTE = text(
+    "INSERT INTO outbox_inbox (consumer_group, event_id) VALUES (:group, :id) ON CONFLICT DO NOTHING RETURNING 1"
+)
 
 # -- the workers, each in a process of its own -----------------------------------------------------
 
@@ -103,7 +106,7 @@ def plain_loop(client: Any, sessions: Callable[[], Session] | None) -> int:
         for _, fields in entries if sessions else ():
             id_ = uuid.UUID(fields[b"id"].decode())
             with sessions() as session:
-                if session.execute(inbox.first_time(GROUP, id_)).rowcount:
+                if session.execute(NOTE, {"group": GROUP, "id": id_}).first():
                     session.execute(EFFECT, {"id": id_})
                 session.commit()
         client.xack(STREAM, GROUP, *(entry_id for entry_id, _ in entries))

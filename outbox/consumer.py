@@ -33,6 +33,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from outbox.errors import (
+    AlreadyInHand,
     InvalidEvent,
     InvalidHandler,
     InvalidSetting,
@@ -259,6 +260,10 @@ class _Core:
             done = await self._apply(worker, event, calls) if calls else "skipped"
         except Unavailable:
             raise
+        except AlreadyInHand as error:
+            wait = backoff_seconds(1, *self._backoff)
+            log.warning("%s; again in %.1f s", error, wait, extra={"action": "event_in_hand"})
+            self._hand.put_back(Again(time.monotonic() + wait, 0, entry.lane, entry.id, entry))
         except (Reject, InvalidEvent) as error:
             await self._give_up(worker, entry, str(error))
         except (Exception, asyncio.CancelledError) as error:

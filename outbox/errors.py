@@ -58,6 +58,10 @@ class RedisUnavailable(Unavailable):
     """Raised when Redis cannot be reached, or refuses every write (READONLY, OOM, LOADING, ...)."""
 
 
+class AlreadyInHand(OutboxError):
+    """Raised when another consumer's transaction has an event in hand: it was frozen, or is slow, and was replaced."""
+
+
 class Unsuitable(Unavailable):
     """Raised when a server answers but must not be used: a replica, or a Redis that evicts streams."""
 

@@ -11,13 +11,13 @@ from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import delete, event, select
+from sqlalchemy import Select, Uuid, delete, event, exists, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from outbox.errors import DatabaseUnavailable, InvalidHandler, first_line
+from outbox.errors import AlreadyInHand, DatabaseUnavailable, InvalidHandler, first_line
 from outbox.loop import settled
 from outbox.tables import outbox_inbox
 
@@ -38,20 +38,39 @@ class Inbox:
     async def apply(self, event_id: UUID, effects: Callable[[Any], Awaitable[None]]) -> bool:
         """Note an event, and await `effects(session)` in the same transaction; return whether it was the first time.
 
-        The second time nothing is done. While another transaction notes the same event, this waits for its end.
+        The second time nothing is done. Raises AlreadyInHand when another transaction has noted the event, and has
+        not ended.
         """
 
         async def transact(session: Any) -> bool:
-            row = {"consumer_group": self._group, "event_id": event_id}
-            noting = insert(outbox_inbox).values(row).on_conflict_do_nothing()
-            noted = await self._execute(session, noting.returning(outbox_inbox.c.event_id))
-            is_new = noted.first() is not None
+            noted = await self._execute(session, self._note(event_id))
+            is_ours, is_new = noted.one()
+            if not is_ours:
+                raise AlreadyInHand(f"event {event_id} is in the hands of another consumer")
             if is_new:
                 with _only_we_commit(session):
                     await effects(session)
-            return is_new
+            return bool(is_new)
 
         return await self._in_transaction(transact)
+
+    def _note(self, event_id: UUID) -> Select[tuple[bool, bool]]:
+        """Return the statement that notes an event: is it ours to handle, and is it the first time?
+
+        The lock is what a second transaction sees of the first. Without it, the row itself would let the second wait
+        for the first, for as long as the process of the first is frozen.
+        """
+        key = func.hashtextextended(f"{self._group} {event_id}", 0)
+        ours = select(func.pg_try_advisory_xact_lock(key).label("ours")).cte("ours")
+        row = select(literal(self._group), literal(event_id, Uuid())).where(ours.c.ours)
+        noted = (
+            insert(outbox_inbox)
+            .from_select(["consumer_group", "event_id"], row)
+            .on_conflict_do_nothing()
+            .returning(outbox_inbox.c.event_id)
+            .cte("noted")
+        )
+        return select(ours.c.ours, exists(select(noted.c.event_id)))
 
     async def purge(self, before: datetime, is_enough: Callable[[], bool]) -> None:
         """Delete the rows from before a time, some thousands a transaction, until there are none or it `is_enough`."""

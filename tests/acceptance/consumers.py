@@ -181,8 +181,9 @@ def main() -> None:
             passes()
 
     def apply_alone(event: Any) -> None:
-        with sessions.begin() as session:
+        with sessions() as session:
             apply(event, session)
+            session.commit()
 
     if told["kind"] == "early":
         acks_first(told["name"], apply_alone)

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from outbox.errors import DatabaseUnavailable
-from tests.integration.bank import KINDS, Bank
+from tests.integration.bank import KINDS, Bank, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -63,3 +64,21 @@ def test_a_savepoint_is_the_handlers_own(bank):
     bank.add("a")
     assert made.drain() == 1
     assert bank.effects() == ["a"]
+
+
+def test_what_another_consumers_transaction_has_in_hand_is_not_waited_for(bank):
+    """It may be frozen for long; what is behind its event goes on, and the event comes back without a new delivery."""
+    id_, deliveries = "4eeda19d-de48-49ff-aeb4-32b8b654002c", []
+    made = bank.consumer(
+        lambda event, session: deliveries.append(event.deliveries),
+        inbox=True,
+    )
+    bank.add("a", id=id_)
+    bank.add("b")
+    with psycopg.connect(bank.database_url.replace("+psycopg", "")) as frozen:
+        frozen.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"g {id_}",))
+        frozen.execute("INSERT INTO outbox_inbox (consumer_group, event_id) VALUES ('g', %s)", (id_,))
+        wait_until(lambda: made.run_once() + 1 and bank.effects() == ["b"])
+        frozen.rollback()
+    wait_until(lambda: made.run_once() + 1 and bank.effects() == ["a", "b"])
+    assert deliveries == [1, 1]
