@@ -307,7 +307,8 @@ class Daemon:
 # -- the watch: what is seen of a run --------------------------------------------------------------
 
 LANES = {"primary": STREAM, "backfill": f"{STREAM}:backfill"}
-AIRPORTS = len(airportsdata.load("IATA"))  # each is an event
+AIRPORTS = len(airportsdata.load())
+ANNOUNCED = len(airportsdata.load("IATA"))  # those that airlines fly to: each is an event
 PATIENCE_SECONDS = 20
 
 
@@ -354,10 +355,10 @@ def _event(fields: Mapping[bytes, bytes]) -> Event:
 
 
 class Moment(NamedTuple):
-    """How many events are committed and published, by lane, and imported and handled."""
+    """How many events are committed and published, by lane, and announced and handled."""
 
     at: float
-    imported: int
+    announced: int
     committed: Counter[str]
     published: Counter[str]
     handled: int
@@ -402,12 +403,12 @@ class Watch:
         """Count what is handled, then what is published, and then what is committed."""
         handled, published = self._servers.handled(), self._servers.published()
         committed: Counter[str] = Counter()
-        imported = 0
+        announced = 0
         for lane, lists in self._commits.items():
             for commit in itertools.chain(*lists):
                 committed[lane] += len(commit.events)
-                imported += len(commit.events) if commit.kind is IMPORT else 0
-        return Moment(time.monotonic(), imported, committed, published, handled)
+                announced += len(commit.events) if commit.kind is IMPORT else 0
+        return Moment(time.monotonic(), announced, committed, published, handled)
 
     def until(self, condition: Callable[[Moment], object]) -> Moment:
         """Look until the condition holds, and return what was seen then. Raises Stalled."""
@@ -441,7 +442,7 @@ class Watch:
                 f"{lane} {pace.waiting[lane]:,} wait, {rate:,.0f}/s" for lane, rate in pace.rates.items()
             ]
             parts.append(f"{now.handled:,} handled, {pace.handled_rate:,.0f}/s")
-            self.say("; ".join([f"{now.imported:,} airports imported", *parts]))
+            self.say("; ".join([f"{now.announced:,} airports announced", *parts]))
 
     def _pace(self, before: Moment, now: Moment) -> Pace:
         seconds = max(0.001, now.at - before.at)
@@ -457,9 +458,9 @@ def _picture(now: Moment, pace: Pace) -> Table:
     def bar(share: int, style: str) -> ProgressBar:
         return ProgressBar(total, share, width=40, complete_style=style, finished_style=style)
 
-    total = max(AIRPORTS, now.committed.total())
+    total = max(ANNOUNCED, now.committed.total())
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("imported", bar(now.imported, "blue"), f"{now.imported:,} of {AIRPORTS:,} airports")
+    grid.add_row("announced", bar(now.announced, "blue"), f"{now.announced:,} of {ANNOUNCED:,} airports")
     for lane, rate in pace.rates.items():
         said = f"{pace.waiting[lane]:,} events wait in PostgreSQL, {rate:,.0f} go out a second"
         grid.add_row(lane, bar(pace.waiting[lane], "yellow"), said)
@@ -540,8 +541,10 @@ def _cast(stack: ExitStack, environ: Mapping[str, str]) -> Cast:
 
 def _perform(watch: Watch, servers: Servers, cast: Cast) -> tuple[float, set[Event]]:
     """Let it all happen; return when the second relay was started, and what the killed consumer had in hand."""
-    watch.say("the import begins; no relay runs yet")
-    now = watch.until(lambda now: now.imported >= AIRPORTS * 3 // 4)
+    watch.say(
+        f"the import of {AIRPORTS:,} airports begins, {ANNOUNCED:,} of them with an event; no relay runs yet"
+    )
+    now = watch.until(lambda now: now.announced >= ANNOUNCED * 3 // 4)
     watch.say(f"relay {cast.relay.start()} starts, with {now.committed.total():,} events to catch up on")
     watch.say("consumers {} and {} start".format(*(consumer.start() for consumer in cast.consumers)))
     watch.until(lambda now: now.published.total())
@@ -559,7 +562,7 @@ def _perform(watch: Watch, servers: Servers, cast: Cast) -> tuple[float, set[Eve
 
 def _kill_relay(watch: Watch, relay: Daemon) -> float:
     """Kill the relay when half of the import is out; return when the next one was started."""
-    now = watch.until(lambda now: now.published.total() > AIRPORTS // 2)
+    now = watch.until(lambda now: now.published.total() > ANNOUNCED // 2)
     killed, started, at = relay.kill(), relay.start(), time.time()
     out, wait = now.published.total(), now.committed.total() - now.published.total()
     watch.say(f"[bold red]kill -9 {killed}[/]: {out:,} events are out, {wait:,} wait; relay {started} starts")
@@ -571,7 +574,7 @@ def _kill_relay(watch: Watch, relay: Daemon) -> float:
 
 def _kill_consumer(watch: Watch, servers: Servers, consumer: Daemon) -> set[Event]:
     """Kill a consumer when half of the import is handled; return the events that it had in hand."""
-    now = watch.until(lambda now: now.handled > AIRPORTS // 2)
+    now = watch.until(lambda now: now.handled > ANNOUNCED // 2)
     killed = consumer.kill()
     in_hand = servers.in_hand(killed)
     watch.say(

@@ -68,9 +68,13 @@ class Airport(RecordsEvents, Base):
     name: Mapped[str]
 
     @classmethod
-    def register(cls, number: int, data: Mapping[str, Any]) -> Airport:
+    def register(cls, number: int | None, data: Mapping[str, Any]) -> Airport:
+        """Make an airport, with an event if it has a number: if airlines fly to it."""
         airport = cls(icao=data["icao"], name=data["name"])
-        airport.record(AirportRegistered(data["country"], number, airport.icao, airport.name, data["city"]))
+        if number is not None:
+            airport.record(
+                AirportRegistered(data["country"], number, airport.icao, airport.name, data["city"])
+            )
         return airport
 
 
@@ -99,7 +103,7 @@ class Notice(Base):
 
 @dataclass(frozen=True)
 class ImportAirports:
-    records: Sequence[tuple[int, Mapping[str, Any]]]
+    records: Sequence[tuple[int | None, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def tell_customers(event: Received, session: Session) -> None:
 
 # -- the load: two processes that tell on their standard output what they have committed -----------
 
-CHUNK = 50  # airports in a transaction
+CHUNK = 200  # airports in a transaction
 RATE = 60  # commands a second besides the import
 HUBS = ("EDDF", "EGLL", "FAOR", "KJFK", "OMDB", "RJTT", "SBGR", "YSSY")
 
@@ -179,16 +183,16 @@ def import_all(lanes: bool) -> None:
         for start in range(0, len(records), CHUNK):
             chunk = records[start : start + CHUNK]
             domain.process(ImportAirports(chunk))
-            tell(IMPORT, [(record["country"], number) for number, record in chunk])
+            tell(IMPORT, [(record["country"], number) for number, record in chunk if number is not None])
 
 
-def airports() -> list[tuple[int, Mapping[str, Any]]]:
-    """Return the airports that airlines fly to, counted in each country."""
+def airports() -> list[tuple[int | None, Mapping[str, Any]]]:
+    """Return all airports; those that airlines fly to (they have an IATA code) are numbered in each country."""
     counted: Counter[str] = Counter()
-    found: list[tuple[int, Mapping[str, Any]]] = []
-    for record in airportsdata.load("IATA").values():
-        counted[record["country"]] += 1
-        found.append((counted[record["country"]], record))
+    found: list[tuple[int | None, Mapping[str, Any]]] = []
+    for record in airportsdata.load().values():
+        counted[record["country"]] += bool(record["iata"])
+        found.append((counted[record["country"]] if record["iata"] else None, record))
     return found
 
 

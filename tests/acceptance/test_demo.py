@@ -248,14 +248,14 @@ def test_the_demo_from_start_to_end():
     assert len(set(relays + consumers)) == 8
     found = dict(re.findall(r"^ *([a-z ]+?) +([\d,]+ +[\d,]+) *$", output, re.MULTILINE))
     assert found["committed"].split() == found["in streams"].split() == found["effects"].split()
-    assert all(int(count.replace(",", "")) > demo.AIRPORTS for count in found["committed"].split())
+    assert all(int(count.replace(",", "")) > demo.ANNOUNCED for count in found["committed"].split())
     assert found["applied twice"].split() == found["effects lost"].split() == ["0", "0"]
 
 
 @pytest.mark.parametrize(
     ("line", "number", "code"),
     [
-        pytest.param("airports imported", signal.SIGINT, 130, id="Ctrl-C, no relay yet"),
+        pytest.param("airports announced", signal.SIGINT, 130, id="Ctrl-C, no relay yet"),
         pytest.param(r"consumer \d+ starts", signal.SIGINT, 130, id="Ctrl-C, third consumer"),
         pytest.param(r"consumers \d+ and \d+ start", signal.SIGKILL, -9, id="kill -9"),
     ],
