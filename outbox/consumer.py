@@ -73,6 +73,7 @@ WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
 
+UNTRACED = nullcontext()
 OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
 
 _names = itertools.count(1)
@@ -224,23 +225,25 @@ class _Core:
             await worker.close()
 
     async def _step(self, worker: Worker, outage: Backoff) -> None:
+        """Handle what is there, then wait for more."""
         try:
             if not self._begun:
                 await self._begin(worker.groups)
-            if not await worker.step():
+            while not self._stop.is_set() and await worker.step():
+                if outage.failures:
+                    log.info("the servers answer again", extra={"action": "consumer_recovered"})
+                    outage.reset()
+            if not self._stop.is_set():
                 await worker.wait()
-        except GroupMissing as error:
-            self._begun = False
-            await self._back_off(error, outage)
         except OutboxError as error:
+            if isinstance(error, RedisUnavailable):
+                self._begun = False  # the group may be gone, or a reply with entries that are ours
             await self._back_off(error, outage)
         except Exception as error:
             log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
             await self._back_off(Unavailable(repr(error)), outage)
         else:
-            if outage.failures:
-                log.info("the servers answer again", extra={"action": "consumer_recovered"})
-                outage.reset()
+            outage.reset()
 
     async def _back_off(self, error: OutboxError, outage: Backoff) -> None:
         pause = outage.next()
@@ -298,21 +301,19 @@ class _Core:
 
     async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> str:
         """Run the handlers under the event's priority, trace and, with an inbox, transaction; return what was done."""
-        with handling(event.priority, event.caused):
-            if event.is_traced():
-                with tracing(event.headers):
-                    return await self._apply_within(worker, event, calls)
-            return await self._apply_within(worker, event, calls)
 
-    async def _apply_within(self, worker: Worker, event: Received, calls: list[Call]) -> str:
         async def handle(*session: Any) -> None:
             for function, event.data in calls:
                 await self._call(worker, function, event, *session)
 
-        if self._inbox is None:
-            await handle()
-            return "handled"
-        return "handled" if await self._inbox.apply(event.id, handle) else "repeated"
+        with (
+            handling(event.priority, event.caused),
+            tracing(event.headers) if event.is_traced() else UNTRACED,
+        ):
+            if self._inbox is None:
+                await handle()
+                return "handled"
+            return "handled" if await self._inbox.apply(event.id, handle) else "repeated"
 
     async def _fail(self, worker: Worker, entry: Entry, error: BaseException) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
@@ -507,7 +508,10 @@ class Worker:
                     self._not_ours(found, taken)
                     return 1
                 found = Again(0.0, 0, found.lane, found.id, taken, started)
-            await self._handle(found)
+            started = time.monotonic()
+            assert found.entry is not None
+            await self._core._handle(self, found.entry)
+            self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
         except Unavailable:
             self._hand.put_back(found)
             raise
@@ -516,12 +520,6 @@ class Worker:
             self._hand.put_back(found._replace(at=later, entry=None))
             raise
         return 1
-
-    async def _handle(self, found: Again) -> None:
-        started = time.monotonic()
-        assert found.entry is not None
-        await self._core._handle(self, found.entry)
-        self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
 
     async def wait(self) -> None:
         """Block until there is something in a lane, or to try again; not for long, as stop must be heard."""
