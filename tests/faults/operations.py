@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 from sqlalchemy import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import OperationalError
 
 from outbox import migrate
 from tests.faults.scenario import Scenario
@@ -32,7 +32,7 @@ revision, down_revision, branch_labels, depends_on = "9999", "{head}", None, Non
 def upgrade():
     op.execute("{change}")
 """
-CHANGE = "ALTER TABLE public.outbox ADD COLUMN tenant text"
+CHANGE = "ALTER TABLE public.outbox ADD COLUMN tenant_{n} text"
 
 
 def behind_a_pooling_proxy(trial: Trial) -> None:
@@ -73,7 +73,7 @@ def migrated(trial: Trial) -> None:
             end = threading.Timer(OPEN_SECONDS, forgotten.rollback)
             end.start()
             if trial.naive:
-                trial.sql(f"{CHANGE}_{n}")
+                trial.sql(CHANGE.format(n=n))
             else:
                 migrate_until_done(trial, n)
             end.join()
@@ -88,13 +88,15 @@ def migrate_until_done(trial: Trial, number: int) -> None:
         folder = Path(name) / "migrations"
         shutil.copytree(shipped, folder)
         head = max(path.name for path in (folder / "versions").glob("[0-9]*.py"))[:4]
-        (folder / "versions" / "9999_next.py").write_text(NEXT.format(head=head, change=f"{CHANGE}_{number}"))
+        (folder / "versions" / "9999_next.py").write_text(
+            NEXT.format(head=head, change=CHANGE.format(n=number))
+        )
         migrate._folder = lambda: folder
         try:
             while migrate.revision_of(trial.database.url) != "9999":
                 try:
                     migrate.upgrade(trial.database.url)
-                except DBAPIError:
+                except OperationalError:  # the lock_timeout: the writers go on, and it is tried again
                     trial.lasts(1)
         finally:
             migrate._folder = lambda: shipped
