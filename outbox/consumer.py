@@ -73,7 +73,6 @@ WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
 
-UNTRACED = nullcontext()
 OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
 
 _names = itertools.count(1)
@@ -301,19 +300,21 @@ class _Core:
 
     async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> str:
         """Run the handlers under the event's priority, trace and, with an inbox, transaction; return what was done."""
+        with handling(event.priority, event.caused):
+            if event.is_traced():
+                with tracing(event.headers):
+                    return await self._apply_within(worker, event, calls)
+            return await self._apply_within(worker, event, calls)
 
+    async def _apply_within(self, worker: Worker, event: Received, calls: list[Call]) -> str:
         async def handle(*session: Any) -> None:
             for function, event.data in calls:
                 await self._call(worker, function, event, *session)
 
-        with (
-            handling(event.priority, event.caused),
-            tracing(event.headers) if event.is_traced() else UNTRACED,
-        ):
-            if self._inbox is None:
-                await handle()
-                return "handled"
+        if self._inbox is not None:
             return "handled" if await self._inbox.apply(event.id, handle) else "repeated"
+        await handle()
+        return "handled"
 
     async def _fail(self, worker: Worker, entry: Entry, error: BaseException) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
@@ -498,17 +499,16 @@ class Worker:
         found = await self._next()
         if found is None:
             return 0
+        started = time.monotonic()
         try:
-            if time.monotonic() - self._done_since > ACK_SECONDS:
+            if started - self._done_since > ACK_SECONDS:
                 await self.flush()
-            if found.entry is None or not self._hand.surely_ours(found):
-                started = time.monotonic()
+            if found.entry is None or not self._hand.surely_ours(found, started):
                 taken = await self.groups.take(found.lane, found.id)
                 if not isinstance(taken, Entry):
                     self._not_ours(found, taken)
                     return 1
                 found = Again(0.0, 0, found.lane, found.id, taken, started)
-            started = time.monotonic()
             assert found.entry is not None
             await self._core._handle(self, found.entry)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
@@ -547,7 +547,7 @@ class Worker:
         try:
             while time.monotonic() < until and (found := self._hand.fresh()):
                 assert found.entry is not None
-                if self._hand.surely_ours(found):
+                if self._hand.surely_ours(found, time.monotonic()):
                     await self._core._handle(self, found.entry)
         finally:
             await self.flush()

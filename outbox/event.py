@@ -447,7 +447,7 @@ class Received:
         self.stream, self.lane, self.deliveries = stream, lane, deliveries
         self.type = self._text(b"type")
         try:
-            self.priority = check_priority(int(fields.get(b"priority", b"0")))
+            self.priority = check_priority(int(fields.get(b"priority", 0)))
         except ValueError as error:
             raise InvalidEvent(f"priority: {error}") from error
 

@@ -97,12 +97,12 @@ class Hand:
         with self._lock:
             return min((heap[0].at for heap in self._again.values() if heap), default=float("inf"))
 
-    def surely_ours(self, found: Again) -> bool:
-        """Return whether an entry that was delivered cannot have been claimed by another consumer.
+    def surely_ours(self, found: Again, now: float) -> bool:
+        """Return whether an entry that was delivered cannot have been claimed by another consumer by now.
 
         It may have been when this process was frozen, or Redis was away, for longer than the heartbeat.
         """
-        sure = time.monotonic() - max(found.since, self.renewed_at) < self._sure_seconds
+        sure = now - max(found.since, self.renewed_at) < self._sure_seconds
         return sure and found.id in self._held[found.lane]
 
     def drop(self, lane: str, ids: Iterable[str]) -> None:
