@@ -23,8 +23,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -114,8 +113,11 @@ def plain_loop(client: Any, sessions: Callable[[], Session] | None) -> int:
     return done
 
 
-def latency_worker(pipe: Connection, servers: Servers) -> None:
-    """Handle events as the daemon does; tell when each primary one was handled, by its number, and how many others."""
+def latency_worker(pipe: Connection, servers: Servers, count: int) -> None:
+    """Handle events as the daemon does; tell when so many primary ones were handled, and how many others were.
+
+    Nothing is told before that: a pipe that nobody reads would hold up the handler.
+    """
     consumer = _consumer(servers, None)
     handled = {}
 
@@ -125,7 +127,8 @@ def latency_worker(pipe: Connection, servers: Servers) -> None:
             time.sleep(BACKFILL_SECONDS)
             return
         handled[event.data["n"]] = time.perf_counter()
-        pipe.send(len(handled))
+        if len(handled) == count:
+            pipe.send("all")
 
     consumer.run()  # SIGTERM ends it, and the pipe
     pipe.send((handled, consumer.counts["handled"] - len(handled)))
@@ -244,27 +247,19 @@ def _waits(bench: ConsumerBench, queued: int, count: int, per_second: float) -> 
         bench.fill(LANES[1], queued)
     with (
         started(relay_daemon, bench.servers) as (relay, relay_pipe),
-        _consuming(bench.servers) as (consumer, consumer_pipe),
+        started(latency_worker, bench.servers, count) as (consumer, consumer_pipe),
     ):
         receive(relay_pipe, relay)
         time.sleep(2)  # until both are at work
-        arrived = 0
-        with ticking(lambda: f"{arrived} of {count} events were handled"):
+        with ticking(lambda: f"{count} events, {per_second:g} a second"):
             committed = commit_singly(bench.servers, count, per_second)
-            while arrived < count:
-                arrived = receive(consumer_pipe, consumer)
+            receive(consumer_pipe, consumer)
         consumer.terminate()
         handled, of_backfill = receive(consumer_pipe, consumer)
         relay_pipe.send("stop")
     if queued and of_backfill == queued:
         raise Wrong(f"{queued:,} backfill events were too few: none was left in the end")
     return sorted(max(0.0, handled[number] - committed[number]) * 1000 for number in committed)
-
-
-@contextmanager
-def _consuming(servers: Servers) -> Iterator[Any]:
-    with started(latency_worker, servers) as (process, pipe):
-        yield process, pipe
 
 
 # -- the command -----------------------------------------------------------------------------------
