@@ -279,5 +279,13 @@ def test_nothing_is_left_when_it_is_ended_midway(line, number, code):
 
 def folders_of(family: list[psutil.Process]) -> list[Path]:
     """Return the temporary folders that the supervisors among the processes keep."""
-    commands = (" ".join(child.cmdline()) for child in family if child.is_running())
+    commands = (" ".join(command_of(child)) for child in family)
     return [Path(folder) for command in commands for folder in re.findall(r'"folder": "([^"]+)"', command)]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Return the command of a process; none of one that has just been killed."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
