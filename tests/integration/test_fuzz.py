@@ -345,7 +345,9 @@ def test_what_a_url_says_of_the_form_of_answers_changes_nothing(box: Box) -> Non
 def usable(config: Settings) -> None:
     """Make what the settings are for; nothing is connected to."""
     database_url = config.database_url or "postgresql://h/d"
-    Relay(replace(config, database_url=database_url, trace="off")).close()  # a trace would be a file of any name
+    Relay(
+        replace(config, database_url=database_url, trace="off")
+    ).close()  # a trace would be a file of any name
 
 
 @fuzz(300)
