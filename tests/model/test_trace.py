@@ -70,9 +70,21 @@ def test_the_trace_of_relays_that_were_killed_and_frozen_is_accepted(trace):
     print(f"{len(trace)} lines of {len({line['relay'] for line in trace})} relays")
 
 
+def find_commit(lines: Lines, start: int) -> int:
+    """Return the place of the first commit from `start` on of a batch that its own relay had published."""
+    return next(
+        place
+        for place, line in enumerate(lines[start:], start)
+        if line["action"] == "commit" and line["batches"] and not line["adopted"]
+    )
+
+
 def publish_an_event_twice(lines: Lines) -> None:
-    first = lines[find(lines, 0, action="publish")]["ids"].split()[0]
-    lines[find(lines, len(lines) // 2, action="publish")]["ids"] += f" {first}"
+    # Of batches that were committed: what a relay published as it was killed may not have happened.
+    first, later = (lines[find_commit(lines, start)] for start in (0, len(lines) // 2))
+    ids = first["batches"][str(first["known"] + 1)]
+    again = find(lines, 0, action="publish", relay=later["relay"], batch=later["known"] + 1)
+    lines[again]["ids"] += f" {ids.split()[0]}"
 
 
 def skip_a_batch(lines: Lines) -> None:
@@ -86,7 +98,7 @@ def adopt_others(lines: Lines) -> None:
 
 def commit_though_replaced(lines: Lines) -> None:
     """Have a zombie, that has read the same batch as its successor, commit it after that one has."""
-    commit = find(lines, len(lines) // 2, action="commit", adopted=False)
+    commit = find_commit(lines, len(lines) // 2)
     committed = find(lines, commit, action="committed", relay=lines[commit]["relay"])
     late = [lines[commit] | {"relay": "zombie"}, {"relay": "zombie", "action": "committed"}]
     lead = {"relay": "zombie", "action": "lead", "batch": lines[commit]["known"]}
