@@ -3,8 +3,8 @@
 One step is one PostgreSQL transaction round one call of Redis:
 
     begin, lock the leader's row ── another leads ──> stand by
-      claim the first due events
-      publish, if Redis stands at our batch number
+      claim the first due events, or take what was claimed ahead
+      publish, if Redis stands at our batch number; while it does, claim ahead for the next step
         added   ──> journal, batch number + 1, commit
         ahead   ──> a leader died before its commit, or PostgreSQL lost commits: adopt what is in Redis
         behind  ──> Redis forgot its newest batches: send those again, from the journal
@@ -20,7 +20,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from outbox.errors import (
     DamagedBatch,
@@ -32,7 +33,7 @@ from outbox.errors import (
 )
 from outbox.event import Waiting
 from outbox.housekeeper import Housekeeper
-from outbox.lanes import BEYOND, Pause
+from outbox.lanes import BEYOND, NO_PAUSE, Pause
 from outbox.loop import Backoff, Every, Stop, backoff_seconds
 from outbox.protocol import (
     Added,
@@ -109,7 +110,7 @@ class Relay:
         while not self.stop.is_set():
             try:
                 self._listen()
-                moved = self.run_once()
+                moved = self.run_once(ahead=True)
             except OutboxError as error:
                 self._back_off(error)
             else:
@@ -128,7 +129,7 @@ class Relay:
         while not self.stop.is_set():
             try:
                 self._listen()
-                moved = self.run_once()
+                moved = self.run_once(ahead=True)
                 if not moved and not self._store.due():
                     break
             except Unavailable as error:
@@ -144,15 +145,16 @@ class Relay:
                 self.stop.wait(0.05)
         return self.published
 
-    def run_once(self) -> int:
+    def run_once(self, *, ahead: bool = False) -> int:
         """Take one step; return how many events it settled, 0 when there is nothing to do or another leads.
 
+        With `ahead`, claim for the next step too, which must follow soon: until then, those events are locked.
         Raises Unavailable when a server cannot do its part: the step is undone, no attempt is spent.
         """
         try:
             if self._check_redis.due():
                 self._check_unless_unreadable()
-            return self._step()
+            return self._step(ahead)
         except BaseException:
             self._store.rollback()
             raise
@@ -166,7 +168,7 @@ class Relay:
 
     # -- one step ---------------------------------------------------------------------------------------
 
-    def _step(self) -> int:
+    def _step(self, ahead: bool) -> int:
         if self._housekeeper.pause.floor >= BEYOND:
             raise RedisUnavailable("Redis is nearly full: nothing is published until it has room")
         lead = self._lead()
@@ -186,12 +188,14 @@ class Relay:
         self._empty_steps = 0
         fit, faulty = sift(events, _faults(events))
         batch = self._encode(fit)
-        answer = self._publish(lead.outbox_id, lead.batch, batch)
+        answer = self._publish(
+            lead.outbox_id, lead.batch, batch, meanwhile=partial(self._claim_ahead, lead) if ahead else None
+        )
         if not isinstance(answer, Added):
             # The claim goes back, and the lock with it: what is to be done depends on what Redis says then.
             self._store.rollback()
             self._in_doubt = batch
-            return self._step()
+            return self._step(ahead)
         published, refused = settle(fit, answer)
         if refused:
             batch = self._encode(published)
@@ -233,10 +237,21 @@ class Relay:
     def _encode(self, events: list[Waiting]) -> Batch:
         return encode(self._settings.source, events, self._lane) if events else EMPTY
 
-    def _publish(self, outbox_id: str, known: int, batch: Batch, again: int | None = None) -> Answer:
+    def _claim_ahead(self, lead: Lead) -> None:
+        if self._housekeeper.pause[:2] == NO_PAUSE[:2]:
+            self._store.claim_ahead(lead, self._settings.batch_size, self._settings.batch_bytes)
+
+    def _publish(
+        self,
+        outbox_id: str,
+        known: int,
+        batch: Batch,
+        again: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Answer:
         """Give Redis a batch; with `again`, one of the journal, that brings Redis to this number."""
         self._trace("publish", known=known, batch=again or known + 1, ids=batch.ids, again=bool(again))
-        answer = self._streams.publish(outbox_id, known, batch, again)
+        answer = self._streams.publish(outbox_id, known, batch, again, meanwhile)
         self._trace("answer", kind=type(answer).__name__, told=answer)
         return answer
 

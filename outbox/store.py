@@ -7,9 +7,10 @@
 | outbox_journal | `record_batch` adds a batch, `journal_after` reads, `purge` deletes by age |
 | outbox_dead | `bury` adds; the command line lists, retries and drops |
 
-A step of the relay is one transaction: `begin`, `lead`, `claim`, `record_batch`, `commit`. All that a session
-must be is set in the transaction itself, and no statement needs a session's lock, so that it works behind
-a transaction-pooling proxy.
+A step of the relay is one transaction: `begin`, `lead`, `claim`, `record_batch`, `commit`. While Redis works on
+its batch, `claim_ahead` opens the transaction of the next step, on a second connection, and claims for it; the next
+`begin` goes on in that one. All that a session must be is set in the transaction itself, and no statement needs a
+session's lock, so that it works behind a transaction-pooling proxy.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from psycopg.pq import Conninfo
+from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.rows import dict_row
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from outbox.errors import DatabaseUnavailable, InvalidSetting, NotMigrated, Unsuitable, first_line
+from outbox.errors import (
+    DatabaseUnavailable,
+    InvalidSetting,
+    NotMigrated,
+    OutboxError,
+    Unsuitable,
+    first_line,
+)
 from outbox.event import Waiting
 from outbox.lanes import LOWEST, NO_PAUSE, Pause
 from outbox.protocol import Mark
@@ -57,13 +65,19 @@ SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
 SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off;
 SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';
-SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED
 """
+LOCK: LiteralString = "SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED"
+
+# A claim ahead may meet rows of another relay's; it must neither pass them nor hold up the step beside it.
+NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100"
+# Nobody has led since the claim, or what it claimed may have to wait for an event that was refused.
+GO_ON: LiteralString = "SELECT FROM {relay} WHERE partition = 0 AND batch = %s FOR UPDATE SKIP LOCKED"
 
 # A statement of its own after the lock: its snapshot has all that the leader before has committed.
 LEAD: LiteralString = """
 SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0),
-       pg_current_snapshot()::text, (statement_timestamp() - interval '1 second')::text
+       pg_current_snapshot()::text, (statement_timestamp() - interval '1 second')::text,
+       pg_current_xact_id_if_assigned()::text
 FROM {relay} WHERE partition = 0
 """
 
@@ -79,6 +93,9 @@ FLOWING: LiteralString = """
  AND o.priority >= %(floor)s
  AND (CASE WHEN o.priority < %(threshold)s THEN o.stream || %(suffix)s ELSE o.stream END <> ALL (%(lanes)s))
 """
+
+# Not claimed by the step that this claim is ahead of, in its open transaction.
+OTHERS: LiteralString = " AND o.xmax <> %(mine)s::xid8::xid"
 
 # `known` holds the priorities seen so far, highest first, each with the position where the claim last
 # stopped and the next lower one known. Of each: what follows the position, then the priorities in
@@ -223,6 +240,14 @@ class Lead(NamedTuple):
     refused: bool  # some event waits for its retry
     snapshot: str  # which transactions were running: xmin:xmax:xid,xid,...
     seen_at: str  # the database's clock, less a second for a clock that is set back
+    xid: str | None  # of the step's own transaction, once it holds the lock
+
+
+class Ahead(NamedTuple):
+    """What was claimed for the next step, in the transaction that it goes on in."""
+
+    batch: int  # at which the leader's row must stand by then
+    events: list[Waiting]
 
 
 class Positions:
@@ -244,12 +269,12 @@ class Positions:
         """Let the next claim scan from the top."""
         self._last.clear()
 
-    def parameters(self, from_top: bool = False) -> dict[str, list[Any] | str]:
-        """Return the claim's parameters that say where it starts."""
-        known = [] if from_top else sorted(self._last, reverse=True)
+    def parameters(self, from_top: bool = False, above: int = LOWER) -> dict[str, list[Any] | str]:
+        """Return the claim's parameters that say where it starts, and above which priority it ends."""
+        known = [] if from_top else sorted((known for known in self._last if known > above), reverse=True)
         return {
             "priority": [HIGHER, *known],
-            "below": [*known, LOWER],
+            "below": [*known, above],
             "created_at": [EVER, *(self._last[priority][0] for priority in known)],
             "id": [0, *(self._last[priority][1] for priority in known)],
             "running": list(self._running),
@@ -257,18 +282,24 @@ class Positions:
             "seen_at": self._seen_at,
         }
 
-    def moved(self, lead: Lead, events: Sequence[Waiting], since: str, reached: int) -> None:
+    def advance(self, events: Sequence[Waiting]) -> None:
+        """Remember where a claim has stopped."""
+        for event in events:
+            self._last[event.priority] = (event.created_at, event.id)
+
+    def moved(
+        self, lead: Lead, events: Sequence[Waiting], since: str, reached: int, mine: str | None = None
+    ) -> None:
         """Remember a claim that `lead` came before, and that started no later than `since`.
 
         It has not come to the priorities below `reached`: there, what ended transactions have written behind
-        the position is still to be found.
+        the position is still to be found. The transaction `mine` is the relay's own, and writes no such thing.
         """
-        for event in events:
-            self._last[event.priority] = (event.created_at, event.id)
+        self.advance(events)
         for priority, position in self._last.items():
             if priority < reached:
                 self._last[priority] = min(position, (since, 0))
-        running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid]
+        running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid and xid != mine]
         self._running = {xid: self._running.get(xid, self._seen_at) for xid in running}
         self._seen_at = lead.seen_at
 
@@ -282,7 +313,7 @@ class Back(NamedTuple):
 
 
 class Store:
-    """The relay's PostgreSQL: one connection, opened at need, dropped after any error.
+    """The relay's PostgreSQL: a connection, and one more to claim ahead, opened at need, dropped after any error.
 
     `url` is any SQLAlchemy URL of PostgreSQL. `takeover_seconds` is how long a frozen leader may keep its
     lock, at most. Methods raise DatabaseUnavailable for whatever the server as a whole is to blame for,
@@ -294,8 +325,13 @@ class Store:
         self._schema = schema
         self._idle_ms = max(100, int(takeover_seconds * 600))
         self._connection: psycopg.Connection | None = None
-        self._statements: dict[tuple[str, bool, bool], sql.Composed] = {}
+        self._spare: psycopg.Connection | None = None  # has the transaction of the next step, or none
+        self._ahead: Ahead | None = None
+        self._ahead_again = 0.0  # when to claim ahead again, after that has failed
+        self.overtaken = False  # the last claim found more urgent events than had been claimed ahead
+        self._statements: dict[tuple[str, ...], sql.Composed] = {}
         self._positions = Positions()
+        self._full = False  # there was more than the last claim could take
         self._from_top_at = 0.0
         self._refused_before = False
         self._paused_before: tuple[str, ...] = ()
@@ -307,13 +343,16 @@ class Store:
     def begin(self) -> bool:
         """Open the transaction of a step, connecting first if need be; return whether we lead.
 
-        The leader's row is locked from here to the end of the step, unless another relay holds it.
+        The leader's row is locked from here to the end of the step, unless another relay holds it. What was
+        claimed ahead is given back where another relay holds it, or has led meanwhile.
         """
         with self._translated():
-            cursor = self._connected().execute(self._sql(BEGIN), prepare=False)
-            while cursor.nextset():
-                pass
-            return cursor.rowcount == 1
+            if self._ahead:
+                self._connection, self._spare = self._spare, self._connection
+                if self._connected().execute(self._sql(GO_ON), (self._ahead.batch,)).rowcount == 1:
+                    return True
+                self.rollback()
+            return self._begin(self._connected(), LOCK) == 1
 
     def lead(self) -> Lead:
         """Return what the leader's row says."""
@@ -323,17 +362,62 @@ class Store:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
 
         They come in order: highest priority, then oldest, then lowest id. While any event is refused,
-        those that must wait for one of their key are passed over; so is what is to `pause`.
+        those that must wait for one of their key are passed over; so is what is to `pause`. What was claimed
+        ahead comes with all of a higher priority that has come since.
         """
+        with self._translated():
+            ahead, self._ahead = self._ahead, None
+            if not ahead:
+                self.overtaken = False
+                return self._claim(self._connected(), lead, rows, size, pause)
+            limits = _limits(rows, size, pause)
+            above = self._positions.parameters(above=ahead.events[-1].priority)
+            urgent = self._claimed(self._connected(), lead.refused, above | limits)
+            self.overtaken = bool(urgent)
+            self._positions.advance(events := in_order(row[1:] for row in urgent))
+            return sorted(events + ahead.events, key=_order) if urgent else ahead.events
+
+    def claim_ahead(self, lead: Lead, rows: int, size: int) -> None:
+        """Claim what follows this step's claim, if that was full, for the next step to go on with.
+
+        Its transaction sees nothing of this step's, which is open yet: what that one puts back gives up the claim
+        ahead. One that fails, or finds nothing, is given up too. Raises nothing of PostgreSQL's.
+        """
+        now = time.monotonic()
+        if not self._full or now < self._ahead_again or now >= self._from_top_at:
+            return
+        try:
+            self._spare = self._spare or self._connect()
+            self._begin(self._spare, NO_LONG_WAIT)
+            seen = Lead._make(self._spare.execute(self._sql(LEAD)).fetchall()[0])
+            events = self._claim(self._spare, seen, rows, size, NO_PAUSE, mine=lead.xid)
+            self._ahead = Ahead(lead.batch + 1, events)
+        except (psycopg.Error, UnicodeDecodeError, OutboxError):
+            self._ahead_again = now + 1
+        if not self._ahead or not self._ahead.events:
+            self._give_up_ahead()
+
+    def _give_up_ahead(self) -> None:
+        self.forget_positions()  # the claimed rows are back, behind the positions
+        self._ahead = None
+        if not _rolled_back(self._spare):
+            self._spare = None
+
+    def _begin(self, connection: psycopg.Connection, following: LiteralString) -> int:
+        """Open a transaction with this statement; return the number of its rows."""
+        cursor = connection.execute(self._sql(BEGIN + following), prepare=False)
+        while cursor.nextset():
+            pass
+        return cursor.rowcount
+
+    def _claim(self, connection: psycopg.Connection, lead: Lead, rows: int, size: int, pause: Pause,
+               mine: str | None = None) -> list[Waiting]:  # fmt: skip
         started = time.monotonic()
         if lead.refused or self._refused_before or pause.lanes != self._paused_before:
             self._positions.forget()  # what had to wait may be free now, in any priority
         from_top = started >= self._from_top_at
-        limits = {"rows": rows, "bytes": size, **pause._asdict(), "lanes": list(pause.lanes)}
-        parameters = self._positions.parameters(from_top) | limits
-        found = self._run(
-            CLAIM, parameters, free=lead.refused, paused=pause.floor > LOWEST or bool(pause.lanes)
-        )
+        parameters = self._positions.parameters(from_top) | _limits(rows, size, pause) | {"mine": mine}
+        found = self._claimed(connection, lead.refused, parameters)
         if from_top:
             # Rows that were not due when a claim passed them are found from the top only. While an old
             # snapshot is held, that reads every dead row: a twentieth of the time is its share. The
@@ -341,10 +425,23 @@ class Store:
             self._from_top_at = time.monotonic() + 19 * (time.monotonic() - started)
         events = in_order(row[1:] for row in found)
         since = found[0][0] if found else EVER
-        full = len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
-        self._positions.moved(lead, events, since, events[-1].priority if full else pause.floor)
+        self._full = len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
+        self._positions.moved(lead, events, since, events[-1].priority if self._full else pause.floor, mine)
         self._refused_before, self._paused_before = lead.refused, pause.lanes
         return events
+
+    def _claimed(
+        self, connection: psycopg.Connection, refused: bool, parameters: dict[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        """Delete due rows and return them, each behind the time that the claim started at."""
+        due = DUE
+        if refused:
+            due += FREE
+        if parameters["floor"] > LOWEST or parameters["lanes"]:
+            due += FLOWING
+        if parameters.get("mine"):
+            due += OTHERS
+        return connection.execute(self._sql(CLAIM, due), parameters).fetchall()
 
     def forget_positions(self) -> None:
         """Let the next claim scan from the top."""
@@ -364,6 +461,8 @@ class Store:
         columns = zip(*(_put_back_row(back) for back in events), strict=True)
         if parameters := [list(column) for column in columns]:
             self._run(PUT_BACK, parameters)
+            if self._ahead:  # in it may be what must wait for these
+                self._give_up_ahead()
 
     def bury(self, event: Waiting, reason: str, attempts: int) -> None:
         """Move a claimed event to the dead letters."""
@@ -396,20 +495,17 @@ class Store:
                 raise DatabaseUnavailable("PostgreSQL rolled the step back")
 
     def rollback(self) -> None:
-        """Give the step up; drop the connection where that is not possible. Raises nothing."""
-        self.forget_positions()  # the claimed rows are back, behind the positions
-        if self._connection is None:
-            return
-        try:
-            self._connection.execute("ROLLBACK", prepare=False)
-        except psycopg.Error:
-            self.close()
+        """Give the step up, and what was claimed ahead; drop a connection where that fails. Raises nothing."""
+        self._give_up_ahead()
+        if not _rolled_back(self._connection):
+            self._connection = None
 
     def close(self) -> None:
-        """Close the connection; the next step opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """Close the connections; the next step opens others."""
+        for connection in (self._connection, self._spare):
+            if connection is not None:
+                connection.close()
+        self._connection = self._spare = self._ahead = None
 
     # -- beside the step --------------------------------------------------------------------------------
 
@@ -420,7 +516,7 @@ class Store:
 
     def due(self) -> bool:
         """Return whether an event is due, whoever is going to publish it."""
-        found = self._run("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due})", free=True)
+        found = self._run("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due})", due=DUE + FREE)
         return bool(found[0][0])
 
     def purge(self, retention_seconds: float) -> int:
@@ -450,7 +546,8 @@ class Store:
                 if not heard:
                     connection.close()
             self._session_is_ours = heard
-            self._connected().prepare_threshold = PREPARE_AFTER if heard else None
+            for own in filter(None, (self._connection, self._spare)):
+                own.prepare_threshold = self._threshold()
             return listener if heard else None
 
     # -- the command line -------------------------------------------------------------------------------
@@ -490,15 +587,20 @@ class Store:
 
     def _connected(self) -> psycopg.Connection:
         if self._connection is None:
-            threshold = PREPARE_AFTER if self._session_is_ours else None
-            connection = psycopg.connect(**self._connect_to, autocommit=True, prepare_threshold=threshold)
-            try:
-                self._check(connection)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
+            self._connection = self._connect()
         return self._connection
+
+    def _connect(self) -> psycopg.Connection:
+        connection = psycopg.connect(**self._connect_to, autocommit=True, prepare_threshold=self._threshold())
+        try:
+            self._check(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _threshold(self) -> int | None:
+        return PREPARE_AFTER if self._session_is_ours else None
 
     def _check(self, connection: psycopg.Connection) -> None:
         row = connection.execute(
@@ -521,28 +623,26 @@ class Store:
             # A service that pulls `outbox.metadata` into its own history creates the table without its row.
             connection.execute(self._sql("INSERT INTO {relay} (partition) VALUES (0) ON CONFLICT DO NOTHING"))
 
-    def _sql(self, query: LiteralString, free: bool = False, paused: bool = False) -> sql.Composed:
-        """Name the tables, and say what is due, in a statement; `free`: see FREE, `paused`: see FLOWING."""
-        if (query, free, paused) not in self._statements:
+    def _sql(self, query: LiteralString, due: LiteralString = DUE) -> sql.Composed:
+        """Name the tables, and say what is due, in a statement."""
+        if (query, due) not in self._statements:
             names = {name: sql.Identifier(self._schema, table) for name, table in TABLES.items()}
-            due = sql.SQL(DUE) + (sql.SQL(FREE).format(**names) if free else sql.SQL(""))
-            due += sql.SQL(FLOWING if paused else "")
-            self._statements[query, free, paused] = sql.SQL(query).format(
+            self._statements[query, due] = sql.SQL(query).format(
                 **names,
                 journal_name=sql.Literal(names["journal"].as_string()),
-                due=due,
+                due=sql.SQL(due).format(**names),
                 columns=sql.SQL(COLUMNS),
                 size=sql.SQL(SIZE),
                 idle_ms=sql.Literal(self._idle_ms),
                 statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
             )
-        return self._statements[query, free, paused]
+        return self._statements[query, due]
 
     def _run(
-        self, query: LiteralString, parameters: Any = None, free: bool = False, paused: bool = False
+        self, query: LiteralString, parameters: Any = None, due: LiteralString = DUE
     ) -> list[tuple[Any, ...]]:
         with self._translated():
-            cursor = self._connected().execute(self._sql(query, free, paused), parameters)
+            cursor = self._connected().execute(self._sql(query, due), parameters)
             return cursor.fetchall() if cursor.description else []
 
     def _dicts(self, query: LiteralString, parameters: Any = None) -> list[dict[str, Any]]:
@@ -640,9 +740,28 @@ def database_in_clear(url: str) -> list[str]:
 
 def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     """Return claimed rows in the order of the promise; RETURNING gives them in none."""
-    events = [Waiting._make(row) for row in rows]
-    events.sort(key=lambda event: (-event.priority, event.created_at, event.id))
-    return events
+    return sorted(map(Waiting._make, rows), key=_order)
+
+
+def _order(event: Waiting) -> tuple[int, str, int]:
+    return -event.priority, event.created_at, event.id
+
+
+def _limits(rows: int, size: int, pause: Pause) -> dict[str, Any]:
+    return {"rows": rows, "bytes": size, **pause._asdict(), "lanes": list(pause.lanes)}
+
+
+def _rolled_back(connection: psycopg.Connection | None) -> bool:
+    """End a transaction, if there is one; return whether the connection is of use."""
+    if connection is None:
+        return False
+    try:
+        if connection.info.transaction_status != TransactionStatus.IDLE:
+            connection.execute("ROLLBACK", prepare=False)
+        return True
+    except psycopg.Error:
+        connection.close()
+        return False
 
 
 def may_wait(event: Waiting) -> bool:

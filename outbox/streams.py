@@ -292,13 +292,22 @@ class Streams:
         except (redis.RedisError, OSError):
             return False
 
-    def publish(self, outbox_id: str, expected: int, batch: Batch, again: int | None = None) -> Answer:
+    def publish(
+        self,
+        outbox_id: str,
+        expected: int,
+        batch: Batch,
+        again: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Answer:
         """Add a batch, if Redis stands at `expected`; it then stands at the next.
 
-        One of the journal that is sent again brings it to the number `again`.
+        One of the journal that is sent again brings it to the number `again`. `meanwhile` is called while
+        Redis works on the batch.
         """
         number, how = (expected + 1, "new") if again is None else (again, "again")
-        return _answer(self._call(PUBLISH, outbox_id, batch, expected, number, how, batch.ids, batch.body))
+        arguments = (expected, number, how, batch.ids, batch.body)
+        return _answer(self._call(PUBLISH, outbox_id, batch, *arguments, meanwhile=meanwhile))
 
     def look(self, outbox_id: str, expected: int, batch: Batch) -> Answer:
         """Return what Redis would answer to the batch, but for what it would refuse."""
@@ -373,11 +382,18 @@ class Streams:
             pool.release(connection)
         pool.disconnect()
 
-    def _call(self, script: str, outbox_id: str, batch: Batch, *arguments: Any) -> list[Any]:
+    def _call(
+        self,
+        script: str,
+        outbox_id: str,
+        batch: Batch,
+        *arguments: Any,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Any]:
         keys = [f"{self._prefix}:{outbox_id}", *batch.lanes]
         with self._translated():
             try:
-                return self._eval(script, keys, arguments)
+                return self._eval(script, keys, arguments, meanwhile)
             except redis.exceptions.NoPermissionError:
                 # Redis judges all the keys of a call at once; one lane must not hold up the others.
                 usable = [key if self._may_use(key) else keys[0] for key in keys]
@@ -385,9 +401,22 @@ class Streams:
                     raise
                 return self._eval(script, usable, arguments)
 
-    def _eval(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> list[Any]:
+    def _eval(
+        self,
+        script: str,
+        keys: Sequence[str],
+        arguments: Sequence[Any],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        call = (self._scripts[script], len(keys), *keys, *arguments)
         try:
-            answer = self._redis.evalsha(self._scripts[script], len(keys), *keys, *arguments)
+            connection = self._redis.connection
+            if meanwhile and connection:
+                connection.send_command("EVALSHA", *call)  # type: ignore[no-untyped-call]
+                meanwhile()
+                answer = self._redis.parse_response(connection, "EVALSHA")  # type: ignore[no-untyped-call]
+            else:
+                answer = self._redis.evalsha(*call)
         except redis.exceptions.NoScriptError:
             answer = self._redis.eval(script, len(keys), *keys, *arguments)
         return list(answer)
