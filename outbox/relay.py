@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from outbox.errors import (
     DamagedBatch,
@@ -54,12 +55,22 @@ from outbox.protocol import (
 )
 from outbox.settings import Settings
 from outbox.store import Back, Lead, Listener, Store, may_wait
-from outbox.streams import EMPTY, Batch, Streams, decode, encode, publishable
+from outbox.streams import EMPTY, Batch, Streams, decode, encode, faults
 from outbox.trace import Trace
 
 log = logging.getLogger("outbox.relay")
 
 CATCH_UP = 100  # journal batches that are sent again in one step
+URGENT_SECONDS = 1.0  # after an event that came with a higher priority than a backlog, another is expected
+
+
+class Prepared(NamedTuple):
+    """What was claimed ahead: the events, those that can be published, those that cannot, and the batch."""
+
+    events: list[Waiting]
+    fit: list[Waiting]
+    faulty: list[Refusal[Waiting]]
+    batch: Batch
 
 
 class Relay:
@@ -85,6 +96,9 @@ class Relay:
             timeout_seconds=settings.takeover_seconds * 0.4,
         )
         self._trace = Trace(settings.trace)
+        self._prepared = Prepared([], [], [], EMPTY)
+        self._urgent_until = 0.0  # by the monotonic clock
+        self._pace = 0.0  # events a second, while there is a backlog
         self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._housekeeper = Housekeeper(settings, self.stop)
         self._behind_again = 0.0  # when to look behind what waits, by the monotonic clock
@@ -169,6 +183,7 @@ class Relay:
     # -- one step ---------------------------------------------------------------------------------------
 
     def _step(self, ahead: bool) -> int:
+        started, rows = time.monotonic(), self._rows()
         if self._housekeeper.pause.floor >= BEYOND:
             raise RedisUnavailable("Redis is nearly full: nothing is published until it has room")
         lead = self._lead()
@@ -179,17 +194,19 @@ class Relay:
             if not isinstance(answer, Added):
                 return self._recover(lead, answer)
             self._in_doubt = None
-        events = self._claim(lead)
+        events = self._claim(lead, rows)
         if not events:
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()
             self._store.commit()
             return 0
         self._empty_steps = 0
-        fit, faulty = sift(events, _faults(events))
-        batch = self._encode(fit)
+        fit, faulty, batch = self._prepare(events)
         answer = self._publish(
-            lead.outbox_id, lead.batch, batch, meanwhile=partial(self._claim_ahead, lead) if ahead else None
+            lead.outbox_id,
+            lead.batch,
+            batch,
+            meanwhile=partial(self._claim_ahead, lead, rows) if ahead else None,
         )
         if not isinstance(answer, Added):
             # The claim goes back, and the lock with it: what is to be done depends on what Redis says then.
@@ -203,24 +220,42 @@ class Relay:
         self._put_back(faulty + refused)
         self._commit(lead, {lead.batch + 1: batch.ids})
         self.published += len(published)
+        self._measure(len(events), rows, started)
         return len(events)
 
-    def _claim(self, lead: Lead) -> list[Waiting]:
+    def _rows(self) -> int:
+        """Return how many events the next batch may have: while urgent ones keep coming, what does not take long.
+
+        An urgent event waits for the batch that is on its way as it commits, and for its own.
+        """
+        most = self._settings.batch_size
+        if time.monotonic() > self._urgent_until:
+            return most
+        return min(most, max(1, most // 10, int(self._pace * self._settings.batch_seconds)))
+
+    def _measure(self, events: int, rows: int, started: float) -> None:
+        now = time.monotonic()
+        if self._store.overtaken:
+            self._urgent_until = now + URGENT_SECONDS
+        if events >= rows:
+            self._pace += 0.2 * (events / max(now - started, 1e-6) - self._pace)
+
+    def _claim(self, lead: Lead, rows: int) -> list[Waiting]:
         """Claim a batch, of what need not wait until Redis has room again."""
         pause = self._housekeeper.pause
         if not pause.lanes:
-            return self._claim_but(lead, pause)
+            return self._claim_but(lead, rows, pause)
         # What waits must be passed row by row. No primary event should wait for that, so it has a tenth of the time.
         started = time.monotonic()
         above = pause._replace(floor=max(pause.floor, self._settings.threshold))
-        events = self._claim_but(lead, above)
+        events = self._claim_but(lead, rows, above)
         if not events and started >= self._behind_again:
-            events = self._claim_but(lead, pause)
+            events = self._claim_but(lead, rows, pause)
             self._behind_again = time.monotonic() + 9 * (time.monotonic() - started)
         return events
 
-    def _claim_but(self, lead: Lead, pause: Pause) -> list[Waiting]:
-        return self._store.claim(lead, self._settings.batch_size, self._settings.batch_bytes, pause)
+    def _claim_but(self, lead: Lead, rows: int, pause: Pause) -> list[Waiting]:
+        return self._store.claim(lead, rows, self._settings.batch_bytes, pause)
 
     def _lead(self) -> Lead | None:
         """Begin a step as the leader, or end it: another leads."""
@@ -230,6 +265,10 @@ class Relay:
             return None
         if self._streams.connect() and not self._in_doubt:
             self._in_doubt = EMPTY
+        if self._in_doubt and self._store.goes_on():
+            # Recovering commits, and would delete what was claimed ahead before it is published.
+            self._store.rollback()
+            return self._lead()
         lead = self._store.lead()
         self._trace("lead", batch=lead.batch)
         return lead
@@ -237,9 +276,17 @@ class Relay:
     def _encode(self, events: list[Waiting]) -> Batch:
         return encode(self._settings.source, events, self._lane) if events else EMPTY
 
-    def _claim_ahead(self, lead: Lead) -> None:
+    def _claim_ahead(self, lead: Lead, rows: int) -> None:
         if self._housekeeper.pause[:2] == NO_PAUSE[:2]:
-            self._store.claim_ahead(lead, self._settings.batch_size, self._settings.batch_bytes)
+            events = self._store.claim_ahead(lead, rows, self._settings.batch_bytes)
+            self._prepared = Prepared(events, *self._prepare(events))
+
+    def _prepare(self, events: list[Waiting]) -> tuple[list[Waiting], list[Refusal[Waiting]], Batch]:
+        """Return what can be published, what cannot, and the batch; they may have been prepared already."""
+        if events is self._prepared.events:
+            return self._prepared[1:]
+        fit, faulty = sift(events, faults(events))
+        return fit, faulty, self._encode(fit)
 
     def _publish(
         self,
@@ -469,10 +516,6 @@ class Relay:
         if self._outage.failures:
             log.info("both servers answer again", extra={"action": "relay_recovered"})
         self._outage.reset()
-
-
-def _faults(events: Sequence[Waiting]) -> dict[int, str]:
-    return {place: fault for place, event in enumerate(events) if (fault := publishable(event))}
 
 
 def _whole(answer: Answer) -> bool:

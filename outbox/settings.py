@@ -56,6 +56,9 @@ class Settings:
     source: str = _setting("outbox", "CloudEvents source of every entry")
     batch_size: int = _setting(500, "most events in a batch", 1)
     batch_bytes: int = _setting(1024 * 1024, "most bytes of payload in a batch", 1)
+    batch_seconds: float = _setting(
+        0.003, "how long a batch should take while more urgent events keep coming", 0
+    )
     max_attempts: int = _setting(10, "refusals after which an event is a dead letter", 1)
     backoff_seconds: float = _setting(1.0, "pause after an event's first refusal; doubles", 0)
     backoff_max_seconds: float = _setting(300.0, "longest pause between an event's attempts", 0)

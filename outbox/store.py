@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, LiteralString, NamedTuple
 from uuid import UUID, uuid4
 
@@ -59,12 +60,13 @@ PREPARE_AFTER = 5  # executions of a statement
 # durable whatever the role's default, or a crash of PostgreSQL would leave Redis ahead of it.
 BEGIN: LiteralString = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
-SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
-SET LOCAL statement_timeout = {statement_ms}; SET LOCAL tcp_user_timeout = {idle_ms};
-SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
-SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
-SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off;
-SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off';
+SELECT set_config(name, setting, true) FROM (VALUES
+    ('idle_in_transaction_session_timeout', '{idle_ms}'), ('statement_timeout', '{statement_ms}'),
+    ('tcp_user_timeout', '{idle_ms}'), ('TimeZone', 'UTC'), ('DateStyle', 'ISO'),
+    ('enable_seqscan', 'off'), ('enable_bitmapscan', 'off'), ('enable_sort', 'off'), ('jit', 'off'),
+    ('max_parallel_workers_per_gather', '0'),
+    ('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'))
+) AS settings (name, setting);
 """
 LOCK: LiteralString = "SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED"
 
@@ -287,19 +289,17 @@ class Positions:
         for event in events:
             self._last[event.priority] = (event.created_at, event.id)
 
-    def moved(
-        self, lead: Lead, events: Sequence[Waiting], since: str, reached: int, mine: str | None = None
-    ) -> None:
+    def moved(self, lead: Lead, events: Sequence[Waiting], since: str, reached: int) -> None:
         """Remember a claim that `lead` came before, and that started no later than `since`.
 
         It has not come to the priorities below `reached`: there, what ended transactions have written behind
-        the position is still to be found. The transaction `mine` is the relay's own, and writes no such thing.
+        the position is still to be found.
         """
         self.advance(events)
         for priority, position in self._last.items():
             if priority < reached:
                 self._last[priority] = min(position, (since, 0))
-        running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid and xid != mine]
+        running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid]
         self._running = {xid: self._running.get(xid, self._seen_at) for xid in running}
         self._seen_at = lead.seen_at
 
@@ -354,6 +354,10 @@ class Store:
                 self.rollback()
             return self._begin(self._connected(), LOCK) == 1
 
+    def goes_on(self) -> bool:
+        """Return whether the step that has begun holds what was claimed ahead, and has not taken it yet."""
+        return self._ahead is not None
+
     def lead(self) -> Lead:
         """Return what the leader's row says."""
         return Lead._make(self._run(LEAD)[0])
@@ -375,9 +379,9 @@ class Store:
             urgent = self._claimed(self._connected(), lead.refused, above | limits)
             self.overtaken = bool(urgent)
             self._positions.advance(events := in_order(row[1:] for row in urgent))
-            return sorted(events + ahead.events, key=_order) if urgent else ahead.events
+            return sort(events + ahead.events) if urgent else ahead.events
 
-    def claim_ahead(self, lead: Lead, rows: int, size: int) -> None:
+    def claim_ahead(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
         """Claim what follows this step's claim, if that was full, for the next step to go on with.
 
         Its transaction sees nothing of this step's, which is open yet: what that one puts back gives up the claim
@@ -385,7 +389,7 @@ class Store:
         """
         now = time.monotonic()
         if not self._full or now < self._ahead_again or now >= self._from_top_at:
-            return
+            return []
         try:
             self._spare = self._spare or self._connect()
             self._begin(self._spare, NO_LONG_WAIT)
@@ -394,11 +398,14 @@ class Store:
             self._ahead = Ahead(lead.batch + 1, events)
         except (psycopg.Error, UnicodeDecodeError, OutboxError):
             self._ahead_again = now + 1
-        if not self._ahead or not self._ahead.events:
-            self._give_up_ahead()
+        if self._ahead and self._ahead.events:
+            return self._ahead.events
+        self._give_up_ahead()
+        return []
 
     def _give_up_ahead(self) -> None:
-        self.forget_positions()  # the claimed rows are back, behind the positions
+        if self._ahead and self._ahead.events:
+            self.forget_positions()  # the claimed rows are back, behind the positions
         self._ahead = None
         if not _rolled_back(self._spare):
             self._spare = None
@@ -426,7 +433,7 @@ class Store:
         events = in_order(row[1:] for row in found)
         since = found[0][0] if found else EVER
         self._full = len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
-        self._positions.moved(lead, events, since, events[-1].priority if self._full else pause.floor, mine)
+        self._positions.moved(lead, events, since, events[-1].priority if self._full else pause.floor)
         self._refused_before, self._paused_before = lead.refused, pause.lanes
         return events
 
@@ -496,6 +503,7 @@ class Store:
 
     def rollback(self) -> None:
         """Give the step up, and what was claimed ahead; drop a connection where that fails. Raises nothing."""
+        self.forget_positions()
         self._give_up_ahead()
         if not _rolled_back(self._connection):
             self._connection = None
@@ -740,11 +748,14 @@ def database_in_clear(url: str) -> list[str]:
 
 def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     """Return claimed rows in the order of the promise; RETURNING gives them in none."""
-    return sorted(map(Waiting._make, rows), key=_order)
+    return sort([*map(Waiting._make, rows)])
 
 
-def _order(event: Waiting) -> tuple[int, str, int]:
-    return -event.priority, event.created_at, event.id
+def sort(events: list[Waiting]) -> list[Waiting]:
+    """Return the events, sorted in place: highest priority first, then oldest, then lowest id."""
+    events.sort(key=attrgetter("created_at", "id"))
+    events.sort(key=attrgetter("priority"), reverse=True)
+    return events
 
 
 def _limits(rows: int, size: int, pause: Pause) -> dict[str, Any]:

@@ -140,12 +140,16 @@ for i, event in ipairs(events) do
             answer[#answer + 1] = {i - 1, entry.err}
         else
             last[event[1]] = entry
-            added[#added + 1] = event[3] .. ':' .. string.sub(event[4], 1, 8)
+            added[#added + 1] = event
         end
     end
 end
-redis.call('HSET', KEYS[1], 'batch', ARGV[2],
-    'ids:' .. ARGV[2], #answer == 1 and ARGV[4] or table.concat(added, ' '))
+local ids = ARGV[4]
+if #answer > 1 then
+    for i, event in ipairs(added) do added[i] = event[3] .. ':' .. string.sub(event[4], 1, 8) end
+    ids = table.concat(added, ' ')
+end
+redis.call('HSET', KEYS[1], 'batch', ARGV[2], 'ids:' .. ARGV[2], ids)
 for n = expected - KEPT + 1, math.min(expected, tonumber(ARGV[2]) - KEPT) do
     redis.call('HDEL', KEYS[1], 'ids:' .. n)
 end
@@ -508,27 +512,30 @@ def redis_in_clear(url: str) -> list[str]:
 
 
 def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], str]) -> Batch:
-    """Encode a batch; `lane` tells the lane of a stream and a priority. Every event must be `publishable`."""
+    """Encode a batch; `lane` tells the lane of a stream and a priority. No event may be among its `faults`."""
     lanes: dict[str, int] = {}
+    places: dict[tuple[str, int], tuple[int, str]] = {}
     groups: dict[tuple[str, str], int] = {}
     encoded = []
-    for event in events:
-        name = lane(event.stream, event.priority)
-        place = lanes.setdefault(name, len(lanes) + 2)
+    times = _times([event.created_at for event in events])
+    for event, time in zip(events, times, strict=True):
+        row, event_id, stream, type_, key, priority, _, payload, stored, _, _ = event
+        if (place := places.get((stream, priority))) is None:
+            number = lanes.setdefault(lane(stream, priority), len(lanes) + 2)
+            place = places[stream, priority] = number, str(priority)
         group = 0
         correlation = None
         more: tuple[str, ...] = ()
-        if event.key is not None:
-            group = groups.setdefault((event.stream, event.key), len(groups) + 1)
-            more = ("subject", event.key)
-        if event.headers is not None:
-            headers = json.loads(event.headers)
+        if key is not None:
+            group = groups.setdefault((stream, key), len(groups) + 1)
+            more = ("subject", key)
+        if stored is not None:
+            headers = json.loads(stored)
             correlation = headers.pop("correlationid", None)
             more = (*more, *(part for header in headers.items() for part in header))
         encoded.append(
-            (place, group, str(event.id), event.event_id, event.type, _time(event.created_at),
-             str(event.priority), event.payload, correlation, *more)
-        )  # fmt: skip
+            (place[0], group, str(row), event_id, type_, time, place[1], payload, correlation, *more)
+        )
     names = list(lanes)
     ids = " ".join([f"{event.id}:{event.event_id[:8]}" for event in events])
     return Batch(names, ids, msgpack.packb([source, names, encoded]))
@@ -561,12 +568,28 @@ def _check_shape(source: Any, lanes: Any, events: Any) -> None:
         raise ValueError("something else than text")
 
 
-def publishable(event: Waiting) -> str | None:
-    """Return why an event cannot be an entry of a stream, or None. Rows may have been written by hand."""
+def faults(events: Sequence[Waiting]) -> dict[int, str]:
+    """Return why events cannot be entries of a stream, by their places. Rows may have been written by hand."""
+    sound = {stream for stream in {event.stream for event in events} if not _stream_fault(stream)}
+    return {
+        place: fault
+        for place, event in enumerate(events)
+        if (event.headers is not None or event.stream not in sound or len(event.payload) > MAX_PAYLOAD)
+        and (fault := _fault(event))
+    }
+
+
+def _stream_fault(stream: str) -> str | None:
     try:
-        check_stream(event.stream)
+        check_stream(stream)
     except InvalidEvent as error:
         return str(error)
+    return None
+
+
+def _fault(event: Waiting) -> str | None:
+    if fault := _stream_fault(event.stream):
+        return fault
     if len(event.payload) > MAX_PAYLOAD:
         return f"payload: more than {MAX_PAYLOAD} characters"
     if event.headers is None:
@@ -586,9 +609,9 @@ def publishable(event: Waiting) -> str | None:
     return None
 
 
-def _time(created_at: str) -> str:
-    """Return PostgreSQL's text of a time in UTC as RFC 3339."""
-    return created_at.replace(" ", "T", 1).replace("+00", "Z")
+def _times(texts: Sequence[str]) -> list[str]:
+    """Return PostgreSQL's texts of times in UTC as RFC 3339."""
+    return "\n".join(texts).replace(" ", "T").replace("+00", "Z").split("\n") if texts else []
 
 
 def _waiting(lanes: list[str], event: list[Any]) -> Waiting:

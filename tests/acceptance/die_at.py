@@ -22,6 +22,7 @@ POINTS: dict[str, tuple[type, str, str]] = {
     "before claim": (Store, "claim", "before"),
     "after claim": (Store, "claim", "after"),
     "in the reply": (Connection, "read_response", "before"),
+    "after claim ahead": (Store, "claim_ahead", "after"),
     "after publish": (Streams, "publish", "after"),
     "after journal": (Store, "record_batch", "after"),
     "after commit": (Store, "commit", "after"),

@@ -11,7 +11,7 @@ from outbox import testing
 from outbox.errors import RedisUnavailable, Unavailable
 from outbox.event import Waiting
 from outbox.lanes import Lanes
-from outbox.streams import decode, encode, publishable
+from outbox.streams import decode, encode, faults
 from tests.integration.box import Box, after, before
 
 # -- encode and decode ------------------------------------------------------------------------------------
@@ -68,8 +68,8 @@ def test_the_lane_follows_from_the_threshold_alone(priority, rule):
 
 
 @given(waiting)
-def test_what_the_api_can_record_is_publishable(event):
-    assert publishable(event) is None
+def test_what_the_api_can_record_has_no_fault(event):
+    assert faults([event]) == {}
 
 
 # -- rows by hand that would end the daemon, or that Redis answers by closing the connection ----------------
