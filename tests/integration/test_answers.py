@@ -1,12 +1,14 @@
 """What follows each answer of Redis, made to happen on real servers: AHEAD, BEHIND, GONE, REFUSED."""
 
 import logging
+from uuid import uuid4
 
 import msgpack
 import pytest
 
 from outbox.errors import DatabaseUnavailable, RedisUnavailable, Unsuitable
-from outbox.streams import decode
+from outbox.event import Waiting
+from outbox.streams import decode, encode
 from tests.integration.box import after, before
 
 
@@ -444,3 +446,54 @@ def test_a_damaged_state_is_named_where_it_is_looked_at(box):
     damage(box, batch="x")
     with pytest.raises(RedisUnavailable, match="is no number"):
         relay._streams.state(outbox_id)
+
+
+# -- a journal that is ahead of the leader's row: one of the tables was changed by hand, or restored alone --
+
+
+def add_to_journal(box, batch, name="by hand"):
+    event = Waiting(99, str(uuid4()), "s", "T", None, 0, "2026-01-01 00:00:00+00", f'"{name}"', None, 0, None)
+    body = encode("hand", [event], lambda stream, priority: stream).body
+    box.sql.execute(
+        "INSERT INTO outbox_journal (partition, batch, events, body) VALUES (0, %s, 1, %s)", (batch, body)
+    )
+
+
+def add_the_next(box):
+    add_to_journal(box, 3)
+
+
+def set_the_leader_back(box):
+    box.sql.execute("UPDATE outbox_relay SET batch = 1")
+
+
+@pytest.mark.parametrize("change", [add_the_next, set_the_leader_back])
+def test_a_batch_that_no_leader_has_committed_is_named_and_nothing_is_lost_or_repeated(box, change):
+    relay = box.relay()
+    for name in "ab":
+        box.add(name)
+        relay.drain()
+    change(box)
+    box.add("c")
+    for _ in range(3):
+        with pytest.raises(Unsuitable, match=r"a batch [23], .* DELETE FROM outbox_journal WHERE batch > "):
+            relay.run_once() or relay.run_once()
+    published = box.lane()
+    box.sql.execute("DELETE FROM outbox_journal WHERE batch > (SELECT batch FROM outbox_relay)")
+    relay.drain()
+    assert published in (["a", "b"], ["a", "b", "c"])
+    assert (box.lane(), box.waiting(), box.batch()) == (["a", "b", "c"], [], 3)
+
+
+def test_a_batch_that_no_leader_has_committed_is_not_sent_again(box):
+    relay = box.relay()
+    for name in "ab":
+        box.add(name)
+        relay.drain()
+    add_to_journal(box, 7)
+    box.sql.execute("DELETE FROM outbox_journal WHERE batch = 2")
+    box.redis.flushall()
+    box.add("c")
+    relay.drain()
+    assert (box.lane(), box.batch()) == (["a", "c"], 3)
+    assert box.value("SELECT batches_lost FROM outbox_relay") == 1
