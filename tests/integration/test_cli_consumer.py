@@ -339,6 +339,7 @@ def test_a_replay_keeps_the_event_and_is_for_the_group_that_gave_up(
         consumer.drain()
         consumer.close()
     assert handled == [("billing", event_id, {"tenant": "eu"})]
+    assert [redis.xpending(BACKFILL, group)["pending"] for group in ("billing", "mail")] == [0, 0]
 
 
 def test_what_fails_again_has_one_group_and_can_be_replayed_again(

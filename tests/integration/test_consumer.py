@@ -155,6 +155,17 @@ def test_no_worker_pauses_while_another_has_taken_what_it_read(bank, monkeypatch
     assert ["$", "$"] not in asked
 
 
+def test_the_backfill_lanes_take_turns(bank):
+    for lane in ("s:backfill", "t:backfill", "u:backfill"):
+        for n in range(4):
+            bank.add(f"{lane} {n}", lane)
+    made = bank.consumer(streams=["s", "t", "u"])
+    assert made.drain() == 12
+    rounds = [[name[0] for name in bank.handled[n : n + 3]] for n in range(0, 12, 3)]
+    assert rounds == rounds[:1] * 4
+    assert {*rounds[0]} == {*"stu"}
+
+
 # -- waking up --------------------------------------------------------------------------------------------
 
 

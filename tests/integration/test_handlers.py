@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from outbox import Consumer, InvalidEvent, Priority, Reject, Retry, current_priority, event, publish
 from outbox.errors import RedisUnavailable
-from tests.integration.bank import KINDS, Bank, entry
+from tests.integration.bank import KINDS, Bank, entry, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -70,6 +70,7 @@ def test_what_is_rejected_is_a_dead_letter_at_once_and_says_why(bank, caplog):
     assert datetime.fromisoformat(letter["dlq:died_at"]).tzinfo
     assert (letter["data"], letter["subject"], letter["tenant"]) == ('"a"', "k", "eu")
     assert bank.pending() == {}
+    assert made.it._hand.held() == {}
     assert "event_dead" in [record.action for record in caplog.records]
 
 
@@ -100,6 +101,17 @@ def test_dead_letters_that_redis_refuses_stay_pending_and_others_go_on(bank):
     assert bank.pending() == {"a": 1}
 
 
+def test_dead_letters_that_redis_refuses_are_tried_again(bank):
+    bank.redis.set("s:dlq", "no stream")
+    brief = timedelta(milliseconds=1)
+    made = bank.consumer(raising(*[Reject("no")] * 2), backoff=brief, backoff_max=brief)
+    bank.add("a")
+    made.run_once()
+    bank.redis.delete("s:dlq")
+    wait_until(lambda: made.run_once() + 1 and bank.dead())
+    assert bank.pending() == {}
+
+
 # -- what nobody can handle ----------------------------------------------------------------------------------------
 
 
@@ -112,6 +124,16 @@ def test_an_event_that_no_handler_takes_is_dead_or_skipped(bank):
         assert len(bank.dead()) == dead, unknown
         assert bank.pending(group=unknown) == {}
     assert bank.handled == []
+
+
+def test_a_handler_that_comes_later_takes_what_comes_later(bank):
+    made = bank.consumer(on="Other", unknown="skip")
+    bank.add("a")
+    made.drain()
+    made.it.on("T")(made.it._handlers[0].function)
+    bank.add("b")
+    made.drain()
+    assert bank.handled == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +162,7 @@ def test_what_lacks_a_field_is_a_dead_letter_that_names_it(bank, left_out):
     del fields[left_out]
     bank.redis.xadd("s", fields)
     bank.redis.xadd("s", {"hello": "world"})
-    bank.redis.xadd("s", {f"field {n}": n for n in range(3000)})
+    bank.redis.xadd("s", {f"field {n}": n for n in range(5000)})
     assert made.drain() == 3
     assert f"{left_out}: it is missing" in bank.dead()[0]["dlq:error"]
     assert len(bank.dead()) == 3
@@ -153,7 +175,7 @@ def test_an_entry_that_was_deleted_while_it_was_pending_is_counted_as_lost(bank,
     bank.redis.xdel("s", id_)
     made.drain()
     assert made.it.counts["lost"] == 1
-    assert bank.pending() == {}
+    assert bank.pending() == made.it._hand.held() == {}
     assert "entry_lost" in [record.action for record in caplog.records]
 
 
