@@ -15,7 +15,7 @@ from outbox import Consumer, InvalidEvent, InvalidHandler, Retry
 from outbox.errors import InvalidSetting, RedisUnavailable
 from outbox.groups import Found, Groups, _entries
 from outbox.loop import Every
-from tests.integration.bank import KINDS, Bank, entry, wait_until
+from tests.integration.bank import KINDS, Bank, Made, entry, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -277,6 +277,53 @@ def test_many_that_are_claimed_are_each_handled_once(bank):
     assert sorted(bank.handled) == sorted(names)
 
 
+def claiming(bank: Bank, act=None) -> Made:
+    """Make a consumer that looks for what others have left before each event."""
+    made = bank.consumer(act, name="me", claim_idle=timedelta(milliseconds=1))
+    made.it._keep_again = Every(0)
+    return made
+
+
+def test_what_was_deleted_while_a_silent_consumer_had_it_is_counted_as_lost(bank):
+    id_ = bank.add("a")
+    give(bank, "dead", "s")
+    bank.redis.xdel("s", id_)
+    made = claiming(bank)
+    wait_until(lambda: made.run_once() + 1 and made.it.counts["lost"])
+    assert bank.pending() == {}
+
+
+def test_no_more_is_claimed_than_can_be_in_hand(bank, monkeypatch):
+    monkeypatch.setattr("outbox.hand.MOST_WAITING", 50)
+
+    def act(event) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    for n in range(250):
+        bank.add(f"e{n}")
+    give(bank, "dead", "s")
+    made = claiming(bank, act)
+    wait_until(lambda: made.run_once() + 1 and len(bank.handled) >= 100)
+    assert made.drain() == 0
+    assert len(bank.handled) == 100
+
+
+def test_a_heartbeat_counts_from_before_it_was_sent(bank, monkeypatch):
+    """This process may be frozen before it reads the answer: what it had may be another's by then."""
+    sent, renew = [], Groups.renew
+
+    async def noted(self, lane, ids):
+        sent.append(time.monotonic())
+        return await renew(self, lane, ids)
+
+    monkeypatch.setattr(Groups, "renew", noted)
+    bank.add("a")
+    give(bank, "me", "s")
+    made = bank.consumer(name="me")
+    made.run_once()
+    assert 0 < made.it._hand.renewed_at <= sent[0]
+
+
 def run_two_with_a_long_handler(bank: Bank, until) -> None:
     """Hold a handler of the one consumer until a condition of the other is true."""
     looks, held = [], threading.Event()
@@ -386,6 +433,54 @@ def test_no_entry_is_left_behind_when_redis_is_away_as_others_are_acked(bank, mo
     assert bank.handled == names
 
 
+def test_a_group_that_is_gone_while_it_runs_is_created_again(bank):
+    with bank.consumer().running():
+        bank.add("a")
+        wait_until(lambda: bank.handled)
+        bank.redis.delete("s", "s:backfill")  # as a Redis that was restarted empty
+        bank.add("b")
+        bank.add("c", "s:backfill")
+        wait_until(lambda: {"b", "c"} <= {*bank.handled})
+
+
+@pytest.mark.parametrize("method", ["next", "wait", "claim", "renew"])
+def test_a_bug_of_its_own_ends_no_consumer(bank, monkeypatch, caplog, method):
+    original, failures = getattr(Groups, method), ["the first call"]
+
+    async def fails_once(self, *arguments, **named):
+        if failures:
+            raise ValueError(failures.pop())
+        return await original(self, *arguments, **named)
+
+    monkeypatch.setattr(Groups, method, fails_once)
+    bank.add("a")
+    give(bank, "dead", "s")
+    with bank.consumer(claim_idle=timedelta(milliseconds=200)).running():
+        bank.add("b")
+        wait_until(lambda: sorted(bank.handled) == ["a", "b"])
+        wait_until(lambda: not failures and bank.pending() == {})
+    assert "consumer_bug" in [getattr(record, "action", None) for record in caplog.records]
+
+
+def test_what_is_done_is_acked_though_more_was_read(bank, monkeypatch):
+    monkeypatch.setattr("outbox.consumer.ACK_SECONDS", 0.0)
+    still_pending = []
+
+    def act(event) -> None:
+        if event.data == "e150":  # by now a read takes many
+            still_pending.extend(bank.pending())
+            made.it.stop()
+
+    with bank.redis.pipeline() as pipeline:
+        for n in range(200):
+            pipeline.xadd("s", entry(f"e{n}"))
+        pipeline.execute()
+    made = bank.consumer(act)
+    made.run()
+    assert len(still_pending) > 1
+    assert still_pending[0] == "e150"
+
+
 # -- ending -----------------------------------------------------------------------------------------------
 
 
@@ -417,6 +512,12 @@ def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank):
     with made.running():
         wait_until(lambda: bank.consumers() == {"me"} and bank.handled)
     assert bank.handled == ["a"]
+
+
+def test_a_consumer_that_was_heard_of_lately_stays(bank):
+    give(bank, "empty", "s")
+    bank.consumer(name="me").run_once()
+    assert bank.consumers() == {"empty", "me"}
 
 
 def test_default_names_are_unique(bank):

@@ -1,5 +1,6 @@
 """What becomes of an event that a handler gets: decoded, traced, tried again, given up."""
 
+import asyncio
 import json
 import logging
 import sys
@@ -17,7 +18,17 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
-from outbox import Consumer, InvalidEvent, Priority, Reject, Retry, current_priority, event, publish
+from outbox import (
+    AsyncConsumer,
+    Consumer,
+    InvalidEvent,
+    Priority,
+    Reject,
+    Retry,
+    current_priority,
+    event,
+    publish,
+)
 from outbox.errors import RedisUnavailable
 from tests.integration.bank import KINDS, Bank, entry, wait_until
 
@@ -110,6 +121,39 @@ def test_dead_letters_that_redis_refuses_are_tried_again(bank):
     bank.redis.delete("s:dlq")
     wait_until(lambda: made.run_once() + 1 and bank.dead())
     assert bank.pending() == {}
+
+
+def test_what_a_handler_cancels_is_its_own_failure(bank):
+    made = bank.consumer(raising(asyncio.CancelledError("of something it awaits")))
+    bank.add("a")
+    assert made.drain() == 1
+    assert made.it.counts == {"failed": 1}
+    assert bank.pending() == {"a": 1}
+
+
+@pytest.mark.parametrize("bank", ["asyncio"], indirect=True)
+def test_a_consumer_that_is_cancelled_ends_and_leaves_its_event_pending(bank):
+    bank.add("a")
+    consumer = AsyncConsumer(bank.redis_url, group="g", streams=["s"], max_deliveries=1)
+
+    async def cancel_in_the_handler() -> None:
+        begun = asyncio.Event()
+
+        @consumer.on_any
+        async def handle(event) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        running = asyncio.create_task(consumer.run())
+        await begun.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(20):
+                await running
+
+    asyncio.run(cancel_in_the_handler())
+    assert bank.pending() == {"a": 1}
+    assert bank.dead() == []
 
 
 # -- what nobody can handle ----------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def test_no_row_is_purged_whose_event_redis_may_still_give(bank):
     """An hour is left between the clocks of both, and for what the relay may send again."""
     made = bank.consumer(inbox=True)
     add_old(bank, hours=10 * 24)
+    bank.add("new", "s:backfill")
     note(bank, {1: 9 * 24, 2: 10 * 24 + 0.5, 3: 10 * 24 + 1.5})
     made.run_once()
     assert noted(bank) == [1, 2, 99]
