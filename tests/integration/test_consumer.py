@@ -357,7 +357,8 @@ def test_without_the_heartbeat_another_takes_it(bank, monkeypatch):
     run_two_with_a_long_handler(bank, lambda looks: len(bank.handled) == 2)
 
 
-def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory(bank, monkeypatch):
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory(bank, monkeypatch, stops):
     """The heartbeat comes first after the thaw, and must not make it sure of what it has lost."""
     beats = []
     renew = Groups.renew
@@ -379,15 +380,18 @@ def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory
             bank.redis.xclaim("s", "g", "other", 0, ids, justid=True)
             seen = len(beats)
             wait_until(lambda: len(beats) > seen, "a heartbeat")
+            if stops:
+                made.it.stop()
 
     stolen: list[bytes] = []
     monkeypatch.setattr(Groups, "renew", counted)
     for n in range(50):
         bank.add(f"warm {n}")
-    with bank.consumer(act, name="me", claim_idle=timedelta(seconds=4)).running():
+    made = bank.consumer(act, name="me", claim_idle=timedelta(seconds=4))
+    with made.running():
         wait_until(lambda: len(stolen) > 2 and not bank.redis.xpending_range("s", "g", "-", "+", 9, "me"))
         bank.add("after")
-        wait_until(lambda: "after" in bank.handled)
+        wait_until(lambda: made.it._stop.is_set() if stops else "after" in bank.handled)
     assert "e0" in bank.handled
     assert not {f"e{n}" for n in range(1, len(stolen))} & set(bank.handled)
 
