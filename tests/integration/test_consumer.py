@@ -210,6 +210,40 @@ def test_what_waits_for_its_time_does_not_keep_primary_from_being_read(bank, mon
     assert bank.handled == ["bulk 0", "bulk 1", "bulk 2", "a"]
 
 
+def test_no_more_of_primary_is_read_than_can_wait_for_its_time(bank, monkeypatch):
+    monkeypatch.setattr("outbox.hand.MOST_WAITING", 3)
+
+    def act(event) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    for n in range(5):
+        bank.add(f"e{n}")
+    assert bank.consumer(act).drain() == 3
+    assert len(bank.pending()) == 3
+
+
+def test_a_backfill_event_that_is_due_outlives_a_read_that_fails(bank, monkeypatch):
+    following, failures = Groups.next, ["Redis: it is away"]
+
+    async def cut_off(self, *arguments, **named):
+        if bank.handled and failures:
+            raise RedisUnavailable(failures.pop())
+        return await following(self, *arguments, **named)
+
+    def act(event) -> None:
+        if event.deliveries == 1:
+            raise Retry(after=0)
+
+    monkeypatch.setattr(Groups, "next", cut_off)
+    bank.add("a", "s:backfill")
+    made = bank.consumer(act)
+    made.run_once()
+    with pytest.raises(RedisUnavailable):
+        made.run_once()
+    assert made.drain() == 1
+    assert bank.handled == ["a", "a"]
+
+
 # -- taking up what is pending ----------------------------------------------------------------------------
 
 
@@ -234,7 +268,7 @@ def test_its_own_pending_entries_come_first_primary_before_backfill(bank):
         *("pending 1 s", "pending 2 s", "new s"),
         *("pending 1 s:backfill", "pending 2 s:backfill", "new s:backfill"),
     ]
-    assert bank.pending() == bank.pending("s:backfill") == {}
+    assert bank.pending() == bank.pending("s:backfill") == made.it._hand.held() == {}
 
 
 def test_deliveries_are_counted_by_redis_and_only_of_what_is_handled(bank):
@@ -471,8 +505,9 @@ def test_what_is_done_is_acked_though_more_was_read(bank, monkeypatch):
     still_pending = []
 
     def act(event) -> None:
-        if event.data == "e150":  # by now a read takes many
-            still_pending.extend(bank.pending())
+        if event.data in ("e150", "e151"):  # by now a read takes many
+            still_pending.append([*bank.pending()])
+        if event.data == "e151":
             made.it.stop()
 
     with bank.redis.pipeline() as pipeline:
@@ -481,8 +516,8 @@ def test_what_is_done_is_acked_though_more_was_read(bank, monkeypatch):
         pipeline.execute()
     made = bank.consumer(act)
     made.run()
-    assert len(still_pending) > 1
-    assert still_pending[0] == "e150"
+    assert still_pending[0][:2] == ["e150", "e151"]
+    assert still_pending[1][0] == "e151"
 
 
 # -- ending -----------------------------------------------------------------------------------------------

@@ -64,6 +64,29 @@ def test_a_failed_event_comes_back_and_holds_nothing_up(bank):
     assert made.it.counts == {"failed": 1, "handled": 1}
 
 
+def test_what_was_handled_once_is_acked_before_the_next(bank):
+    bank.add("a")
+    bank.consumer().run_once()
+    assert bank.pending() == {}
+
+
+@pytest.mark.parametrize("bank", ["blocking", "blocking, async handlers"], indirect=True)
+def test_an_event_whose_handler_was_interrupted_comes_back_as_a_new_delivery(bank):
+    deliveries = []
+
+    def act(event) -> None:
+        deliveries.append(event.deliveries)
+        if len(deliveries) == 1:
+            raise KeyboardInterrupt
+
+    made = bank.consumer(act, backoff=timedelta(milliseconds=1))
+    bank.add("a")
+    with pytest.raises(KeyboardInterrupt):
+        made.run_once()
+    wait_until(lambda: made.run_once() + 1 and len(deliveries) == 2)
+    assert deliveries == [1, 2]
+
+
 def test_a_handler_chooses_when_it_is_called_again(bank):
     made = bank.consumer(raising(Retry(after=0), Retry(after=timedelta(0)), Retry(after=timedelta(hours=1))))
     bank.add("a")
