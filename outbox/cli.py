@@ -252,6 +252,7 @@ def migrate_command(config: Settings, sql: bool) -> None:
 @click.option("--relay", metavar="ROLE", help="runs the relay; needs no right elsewhere")
 @click.option("--reader", metavar="ROLE", help="for status: sees no payload, headers or key")
 @click.option("--consumer", metavar="ROLE", help="keeps the inbox of its group")
+@click.option("--operator", metavar="ROLE", help="for dead and dlq: sees what failed, and moves or drops it")
 @click.option("--apply", "wanted", is_flag=True, help="run the SQL, as the owner of the tables")
 @click.option("--redis", "for_redis", is_flag=True, help="print users of Redis instead")
 @click.option("--stream", "streams", metavar="NAME", multiple=True,
@@ -273,7 +274,7 @@ def grants_command(
     """
     roles = {role: name for role, name in given.items() if name}
     if not roles:
-        raise click.UsageError("Name a role: --service, --relay, --reader or --consumer.")
+        raise click.UsageError("Name a role: --service, --relay, --reader, --consumer or --operator.")
     if for_redis:
         if wanted or "service" in roles:
             raise click.UsageError("--redis only prints, and a service needs no Redis.")

@@ -18,6 +18,7 @@ from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
@@ -217,31 +218,36 @@ def _payload(event: object, kind: EventType) -> dict[str, Any]:
 
 
 def _fields(value: Any) -> Any:
-    """Return the fields of an object as a dict, or raise TypeError when its class has none."""
-    if isinstance(value, dict):
+    """Return the fields of an object as a dict, or raise TypeError when its class has none.
+
+    The class is asked, as an object may claim anything of itself: a mock is made of mocks without end.
+    """
+    cls = type(value)
+    if issubclass(cls, dict):
         return value
-    if hasattr(value, "model_dump"):
+    if hasattr(cls, "model_dump"):
         return value.model_dump(mode="json")
-    if hasattr(value, "__struct_fields__"):
+    if hasattr(cls, "__struct_fields__"):
         return sys.modules["msgspec"].to_builtins(value, enc_hook=_plain)
-    if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(value, "__attrs_attrs__"):
-        return {field.name: getattr(value, field.name) for field in value.__attrs_attrs__}
-    raise TypeError(f"a {value.__class__.__name__} cannot be encoded as JSON")
+    if dataclasses.is_dataclass(cls):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(cls)}
+    if hasattr(cls, "__attrs_attrs__"):
+        return {field.name: getattr(value, field.name) for field in cls.__attrs_attrs__}
+    raise TypeError(f"a {cls.__name__} cannot be encoded as JSON")
 
 
 def _plain(value: Any) -> Any:
     """Return what JSON knows for a value that it does not know, or raise TypeError or ValueError."""
-    if isinstance(value, UUID):
+    cls = type(value)
+    if issubclass(cls, UUID):
         return str(value)
-    if isinstance(value, (datetime, date, time)):
+    if issubclass(cls, (datetime, date, time)):
         return value.isoformat()
-    if isinstance(value, Decimal):
+    if issubclass(cls, Decimal):
         if not value.is_finite():
             raise ValueError(f"{value} is no number in JSON")
         return str(value)
-    if isinstance(value, Enum):
+    if issubclass(cls, Enum):
         return value.value
     return _fields(value)
 
@@ -275,16 +281,17 @@ def _raise_fault(payload: object, name: str, max_depth: int) -> None:
 
 def _faults(value: Any, path: str, levels: int) -> Iterator[tuple[str, str]]:
     """Yield where a value cannot be stored, and why; `levels` more of nesting are allowed."""
-    if isinstance(value, str):
+    kind = type(value)
+    if issubclass(kind, str):
         if fault := _text_fault(value):
             yield path, fault
-    elif isinstance(value, float):
+    elif issubclass(kind, float):
         if value != value or value in (float("inf"), float("-inf")):
             yield path, f"{value} is no number in JSON"
-    elif isinstance(value, (dict, list, tuple)):
+    elif issubclass(kind, (dict, list, tuple)):
         if levels == 0:
             yield path, "it is nested too deeply"
-        elif isinstance(value, dict):
+        elif issubclass(kind, dict):
             for key, item in value.items():
                 if fault := _name_fault(key):
                     yield f"{path}.{key!a}", fault
@@ -292,7 +299,7 @@ def _faults(value: Any, path: str, levels: int) -> Iterator[tuple[str, str]]:
         else:
             for index, item in enumerate(value):
                 yield from _faults(item, f"{path}[{index}]", levels - 1)
-    elif value is not None and not isinstance(value, int):
+    elif value is not None and not issubclass(kind, int):
         try:
             plain = _plain(value)
         except Exception as error:
@@ -374,9 +381,10 @@ def _encode_headers(headers: Mapping[str, str]) -> str | None:
     """Return the headers as JSON, with those that tell of the event's cause and of the current trace."""
     if not isinstance(headers, Mapping):
         raise InvalidEvent(f"headers: a mapping of strings is needed, not {_shown(headers)}")
-    if len(headers) > MAX_HEADERS:
-        raise InvalidEvent(f"headers: {len(headers)} are more than the {MAX_HEADERS} that are allowed")
-    for name, value in headers.items():
+    found = list(islice(headers.items(), MAX_HEADERS + 1))
+    if len(found) > MAX_HEADERS:
+        raise InvalidEvent(f"headers: more than the {MAX_HEADERS} that are allowed")
+    for name, value in found:
         if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
             raise InvalidEvent(f"headers: {_shown(name)} is no name: 1 to 64 letters, digits or any of _ . -")
         if name.lower() in ENVELOPE:
@@ -385,7 +393,7 @@ def _encode_headers(headers: Mapping[str, str]) -> str | None:
             raise InvalidEvent(f"headers.{name}: a string is needed, not {_shown(value)}")
         if fault := _text_fault(value):
             raise InvalidEvent(f"headers.{name}: {fault}")
-    carried = headers_of_cause() | current_trace() | dict(headers)
+    carried = headers_of_cause() | current_trace() | dict(found)
     if not carried:
         return None
     text = _encoder(carried)

@@ -6,6 +6,7 @@
 | relay | moves events between the outbox's own tables | adds to the lanes, keeps its state |
 | reader | sees numbers, ages and streams; no payload, headers, key or error | sees numbers |
 | consumer | its inbox | reads the lanes, acknowledges, moves what fails |
+| operator | reads dead letters, moves them back or deletes them | the same with those of consumers |
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ RIGHTS: dict[str, Rights] = {
     "consumer": {
         "outbox_inbox": {"SELECT": (), "INSERT": (), "DELETE": ()},
     },
+    "operator": {
+        "outbox": {
+            "SELECT": ("event_id",),
+            "INSERT": ("event_id", "stream", "type", "key", "priority", "created_at", "payload", "headers"),
+        },
+        "outbox_relay": {"SELECT": ("partition",)},
+        "outbox_dead": {"SELECT": (), "DELETE": ()},
+    },
 }
 
 CONNECTS = ("client|setname", "select")
@@ -83,7 +92,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("xclaim", "xautoclaim", "xinfo", "xgroup|create", "xgroup|delconsumer"),
         *CONNECTS,
     ),
+    "operator": ("eval", "evalsha", "xadd", *CONNECTS),
 }
+OF_DEAD_LETTERS = ("+xdel", "+xrange", "+xrevrange")  # an operator's, who may do so with no entry of a lane
 # Redis refuses this as it stands, so that nobody has a user whose password everybody knows.
 PASSWORD = "#sha256-of-the-password"  # noqa: S105
 
@@ -131,15 +142,21 @@ def redis_users(
 ) -> Iterator[str]:
     """Yield the commands that make a user of Redis for each role; the hash of its password is to be filled in.
 
-    Without `streams` the user may use every key. Raises InvalidSetting for a name that Redis would split.
+    Without `streams` the user may use every key. An operator needs Redis 7. Raises InvalidSetting for a name that
+    Redis would split.
     """
     below = rule.threshold - 1
     lanes = {lane: None for name in streams for lane in (name, rule.lane(name, below))}
     for name in (*roles.values(), *lanes):
         if not STREAM_NAME.fullmatch(name):
             raise InvalidSetting(f"{name!r} can be no name here: letters, digits or any of _ . : / {{ }} -")
+    dead = [f"~{lane}:dlq" for lane in lanes]
     for role, user in roles.items():
-        more = [f"{lane}:dlq" for lane in lanes] if role == "consumer" else [f"{prefix}:*"]
-        keys = [f"~{key}" for key in ([*lanes, *more] if lanes else ["*"])]
+        more = dead if role in ("consumer", "operator") else [f"~{prefix}:*"]
+        keys = [*(f"~{lane}" for lane in lanes), *more] if lanes else ["~*"]
         commands = [f"+{command}" for command in COMMANDS[role]]
+        if role == "operator":
+            # Who looks for all dead letters sees the names of all keys.
+            commands += [] if lanes else ["+scan"]
+            commands.append(f"({' '.join([*(dead or ['~*:dlq']), *OF_DEAD_LETTERS])})")
         yield " ".join(["ACL SETUSER", user, "reset", "on", PASSWORD, *keys, *commands])

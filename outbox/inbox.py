@@ -66,7 +66,9 @@ class Inbox:
         noted = (
             insert(outbox_inbox)
             .from_select(["consumer_group", "event_id"], row)
-            .on_conflict_do_nothing()
+            .on_conflict_do_nothing(
+                index_elements=["consumer_group", "event_id"]
+            )  # without its key, an error
             .returning(outbox_inbox.c.event_id)
             .cte("noted")
         )

@@ -443,10 +443,10 @@ class Relay:
     def _bury(self, batch: int, reasons: Mapping[int, str]) -> None:
         """Make dead letters of events of the journal that were refused when they were sent again."""
         number, body = self._store.journal_after(batch - 1) or (0, b"")
-        if number != batch:
+        events = decode(body)[1] if number == batch and _read(number, body) else []
+        if not events or not {*reasons} <= {*range(len(events))}:
             self._store.count_losses(batches=1)
             return
-        _, events = decode(body)
         for place, reason in reasons.items():
             self._store.bury(events[place], f"refused when it was sent again: {reason}", 1)
 

@@ -460,8 +460,21 @@ class Store:
         return in_order(self._run(ADOPT, (list(rows), list(starts))))
 
     def record_batch(self, batch: int, events: int, body: bytes) -> None:
-        """Write the batch into the journal and move the leader's row to it."""
-        self._run(RECORD_BATCH, {"batch": batch, "events": events, "body": body, "leader": self._leader})
+        """Write the batch into the journal and move the leader's row to it.
+
+        Raises Unsuitable where the journal has such a batch, which no leader has committed: one of the tables was
+        changed by hand, or restored without the other. What it holds may be the only copy, so it is left.
+        """
+        try:
+            self._run(RECORD_BATCH, {"batch": batch, "events": events, "body": body, "leader": self._leader})
+        except DatabaseUnavailable as error:
+            if not isinstance(error.__cause__, pg.UniqueViolation):
+                raise
+            raise Unsuitable(
+                f"outbox_journal has a batch {batch}, which is newer than the last of outbox_relay: nothing is "
+                "published until it is purged by its age, or by hand: "
+                "DELETE FROM outbox_journal WHERE batch > (SELECT batch FROM outbox_relay)"
+            ) from error
 
     def put_back(self, events: Iterable[Back]) -> None:
         """Insert claimed events again: those with an error count one attempt more and wait for their retry."""
@@ -476,9 +489,10 @@ class Store:
         self._run(BURY, (*event[1:9], attempts, reason))
 
     def journal_after(self, batch: int) -> tuple[int, bytes] | None:
-        """Return the first journal batch after this one, as (number, body), or None."""
+        """Return the first journal batch after this one, as (number, body), or None. None that no leader committed."""
         rows = self._run(
-            "SELECT batch, body FROM {journal} WHERE partition = 0 AND batch > %b ORDER BY batch LIMIT 1",
+            "SELECT batch, body FROM {journal} WHERE partition = 0 AND batch > %b "
+            "AND batch <= (SELECT batch FROM {relay} WHERE partition = 0) ORDER BY batch LIMIT 1",
             (batch,),
         )
         return (rows[0][0], bytes(rows[0][1])) if rows else None

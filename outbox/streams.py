@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ SERVER_STATES = (
 )  # fmt: skip
 
 KEPT = 64  # batches of which Redis remembers what is in them
+MARK = re.compile("(-?[0-9]{1,19}):([0-9a-f]{8})")
 
 HEAD = """
 -- Who sends again learns of refusals before anything else happens: they outlive a crash of the relay in here.
@@ -51,6 +53,16 @@ local function remember_refusals(number, answer)
     answer[1] = number
     redis.call('HSET', KEYS[1], 'refused', cmsgpack.pack(answer))
     answer[1] = 'OK'
+end
+
+-- Anybody may have written into the state: nothing but digits is a number of ours.
+local function number_of(field)
+    local text = redis.call('HGET', KEYS[1], field) or '0'
+    return #text < 16 and string.find(text, '^%d+$') and tonumber(text)
+end
+local batch = number_of('batch')
+if not batch then
+    return redis.error_reply('ERR the batch of ' .. KEYS[1] .. ' is no number; it is the highest n of its ids:<n>')
 end
 
 local function is_state(message)
@@ -86,10 +98,10 @@ end
 -- A lane that was deleted or evicted starts over: at an older entry than our last, or at a smaller count.
 local function went_back(lane)
     local last = redis.call('HGET', KEYS[1], 'last:' .. lane)
-    if not last then return false end
+    local ms, number, added = string.match(last or '', '^(%d+)-(%d+) (%d+)$')
+    if not ms then return false end
     local entry, count = newest(lane)
     if not entry then return false end
-    local ms, number, added = string.match(last, '(%d+)-(%d+) (%d+)')
     local now_ms, now_number = string.match(entry, '(%d+)-(%d+)')
     ms, number, now_ms, now_number = tonumber(ms), tonumber(number), tonumber(now_ms), tonumber(now_number)
     return now_ms < ms or (now_ms == ms and now_number < number) or (count or math.huge) < tonumber(added)
@@ -104,7 +116,6 @@ PUBLISH = (
     HEAD
     + """
 local expected = tonumber(ARGV[1])
-local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
 if batch > expected then
     local ahead = {'AHEAD', batch}
     for n = math.max(expected, batch - KEPT) + 1, batch do
@@ -167,7 +178,6 @@ RESTORE = (
     HEAD
     + """
 local lane, number = ARGV[2], tonumber(ARGV[3])
-local batch = tonumber(redis.call('HGET', KEYS[1], 'batch') or 0)
 if batch ~= tonumber(ARGV[1]) then return {'BEHIND', batch} end
 local progress = 'restored:' .. lane
 local done = redis.call('HGET', KEYS[1], progress)
@@ -179,7 +189,7 @@ if number == 0 then
     if not done then redis.call('HDEL', KEYS[1], 'last:' .. lane) end
     redis.call('HDEL', KEYS[1], progress)
     return {'OK'}
-elseif number <= tonumber(done or 0) then
+elseif number <= (number_of(progress) or 0) then
     return {'OK'}
 end
 local body = cmsgpack.unpack(ARGV[4])
@@ -356,8 +366,10 @@ class Streams:
         """Return the number of the last batch that Redis knows, and the lanes it has added to."""
         with self._translated():
             state: dict[Any, Any] = self._redis.hgetall(f"{self._prefix}:{outbox_id}")
-        lanes = [name[5:].decode() for name in state if name.startswith(b"last:")]
-        return int(state.get(b"batch", 0)), sorted(lanes)
+        lanes = [name[5:].decode() for name in state if name.startswith(b"last:") and name.isascii()]
+        if not (batch := state.get(b"batch", b"0")).isdigit():
+            raise RedisUnavailable(f"Redis: the batch of {self._prefix}:{outbox_id} is no number")
+        return int(batch), sorted(lanes)
 
     def lengths(self, lanes: Sequence[str]) -> dict[str, int | None]:
         """Return the number of entries in each lane: 0 where there is no key, None where it is no stream."""
@@ -641,14 +653,14 @@ def _answer(answer: list[Any]) -> Answer:
         case b"OK":
             return Added(*_refusals(rest))
         case b"AHEAD":
-            return Ahead(rest[0], {number: _marks(ids) for number, ids in rest[1:]})
+            kept = {number: _marks(number, ids) for number, ids in rest[1:]}
+            return Ahead(rest[0], {number: marks for number, marks in kept.items() if marks is not None})
         case b"BEHIND":
             return Behind(rest[0])
         case b"GONE":
             return Gone([lane.decode() for lane in rest])
         case b"REFUSED":
-            number, *parts = msgpack.unpackb(rest[0], raw=True)
-            return Refused(number, *_refusals(parts), note=rest[0])
+            return _noted(rest[0])
     raise RedisUnavailable(f"Redis: an answer that no script of the outbox gives: {word!r}")
 
 
@@ -658,6 +670,27 @@ def _refusals(parts: list[Any]) -> tuple[dict[int, str], list[int]]:
     return refused, [part[0] for part in parts if len(part) == 1]
 
 
-def _marks(ids: bytes) -> list[Mark]:
-    pairs = (mark.split(":") for mark in ids.decode().split())
-    return [Mark(int(row), start) for row, start in pairs]
+def _noted(note: bytes) -> Refused:
+    """Return the refusals that Redis has noted; those of a batch 0, where somebody has damaged the note."""
+    try:
+        number, *parts = msgpack.unpackb(note, raw=True)
+        refused, held = _refusals(parts)
+        if all(type(place) is int for place in (number, *refused, *held)):
+            return Refused(number, refused, held, note)
+    except (ValueError, TypeError, AttributeError, msgpack.UnpackException):
+        pass
+    log.error("Redis' note of what it has refused is damaged", extra={"action": "state_damaged"})
+    return Refused(0, {}, [], note)
+
+
+def _marks(batch: int, ids: bytes) -> list[Mark] | None:
+    """Return what was added with a batch, or None where somebody has damaged it.
+
+    Nothing is made of a part: the start of an id that is cut off would be that of other events, too.
+    """
+    found = [MARK.fullmatch(mark) for mark in ids.decode(errors="replace").split()]
+    marks = [Mark(int(each[1]), each[2]) for each in found if each and abs(int(each[1])) < 2**63]
+    if len(marks) == len(found):
+        return marks
+    log.error("what Redis remembers of batch %d is damaged", batch, extra={"action": "state_damaged"})
+    return None

@@ -1,11 +1,14 @@
 """What follows each answer of Redis, made to happen on real servers: AHEAD, BEHIND, GONE, REFUSED."""
 
 import logging
+from uuid import uuid4
 
+import msgpack
 import pytest
 
-from outbox.errors import DatabaseUnavailable, Unsuitable
-from outbox.streams import decode
+from outbox.errors import DatabaseUnavailable, RedisUnavailable, Unsuitable
+from outbox.event import Waiting
+from outbox.streams import decode, encode
 from tests.integration.box import after, before
 
 
@@ -307,3 +310,190 @@ def test_lanes_and_state_of_two_outboxes_in_one_redis_do_not_meet(box, caplog):
     box.relay().drain()
     assert box.lane() == ["a", "b"]
     assert not caplog.records
+
+
+# -- a state that somebody has damaged --------------------------------------------------------------------
+
+
+def damage(box, **fields):
+    """Write into what Redis knows of the outbox; a name ends with the lane or the number after a colon."""
+    (key,) = box.redis.keys("outbox:*")
+    box.redis.hset(key, mapping=fields)
+
+
+def actions(caplog):
+    return [getattr(record, "action", None) for record in caplog.records]
+
+
+DAMAGED_IDS = [
+    b"\xff\xfe", b"1", b"1:2:3", b"x:00000000", b"1:", b":", b"99999999999999999999:00000000", b"1:0000000g",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", DAMAGED_IDS)
+def test_a_batch_whose_ids_are_damaged_is_one_that_redis_does_not_remember(box, caplog, ids):
+    box.add("a")
+    relay = box.relay()
+    lose_commit(relay)
+    with pytest.raises(Lost):
+        relay.run_once()
+    damage(box, **{"ids:1": ids})
+    box.add("b")
+    relay.drain()
+    assert (box.lane(), box.waiting(), box.batch()) == (["a", "a", "b"], [], 2)
+    assert {"state_damaged", "commits_lost"} <= {*actions(caplog)}
+
+
+def test_an_empty_start_of_an_id_makes_no_other_event_taken_for_published(box):
+    """The start that is missing would be the start of any id."""
+    box.add("a")
+    relay = box.relay()
+    lose_commit(relay)
+    with pytest.raises(Lost):
+        relay.run_once()
+    box.add("b")
+    damage(box, **{"ids:1": " ".join(f"{row}:" for (row,) in box.sql.execute("SELECT id FROM outbox"))})
+    relay.drain()
+    assert "b" in box.lane()
+
+
+@pytest.mark.parametrize("batch", ["many", "-1", "1.5", "nan", "inf", "", "9" * 16])
+def test_a_batch_number_that_is_damaged_stops_the_relay_and_is_named(box, batch):
+    box.add("a")
+    relay = box.relay()
+    relay.drain()
+    damage(box, batch=batch)
+    box.add("b")
+    for _ in range(2):
+        with pytest.raises(RedisUnavailable, match="batch of outbox:.* is no number"):
+            relay.run_once()
+    assert (box.lane(), box.waiting()) == (["a"], ["b"])
+    damage(box, batch=box.batch())
+    relay.drain()
+    assert box.lane() == ["a", "b"]
+
+
+@pytest.mark.parametrize("last", ["", "x", b"\xff", "1-1", "nan-nan nan"])
+def test_a_newest_entry_that_is_damaged_is_found_anew(box, last):
+    box.add("a")
+    relay = box.relay()
+    relay.drain()
+    damage(box, **{"last:s": last})
+    box.add("b")
+    relay.drain()
+    assert box.lane() == ["a", "b"]
+    box.redis.delete("s")  # which is noticed again
+    box.add("c")
+    relay.drain()
+    assert box.lane() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("note", [
+    b"", b"\xff", b"\xc1", b"garbage", msgpack.packb(7), msgpack.packb([1, 7]), msgpack.packb([1, [b"0", b"why"]]),
+    msgpack.packb([1, [0, 7]]), msgpack.packb([1, [9, b"why"]]), msgpack.packb([1, [-9, b"why"]]), msgpack.packb(["x"]),
+])  # fmt: skip
+def test_a_note_of_refusals_that_is_damaged_counts_its_batch_as_lost(box, caplog, note):
+    box.add("a")
+    relay = box.relay()
+    relay.drain()
+    damage(box, refused=note)
+    box.add("b")
+    relay.drain()
+    assert box.lane() == ["a", "b"]
+    assert b"refused" not in box.state()
+    assert box.value("SELECT batches_lost FROM outbox_relay") == 1
+    assert box.value("SELECT count(*) FROM outbox_dead") == 0
+
+
+def test_a_note_of_refusals_of_a_batch_that_is_damaged_counts_it_as_lost(box):
+    box.add("a")
+    relay = box.relay()
+    relay.drain()
+    box.sql.execute("UPDATE outbox_journal SET body = 'x'")
+    damage(box, refused=msgpack.packb([1, [0, b"why"]]))
+    box.add("b")
+    relay.drain()
+    assert (box.lane(), box.value("SELECT batches_lost FROM outbox_relay")) == (["a", "b"], 1)
+
+
+def test_how_far_a_lane_was_filled_is_damaged_and_it_is_filled_from_the_start(box, caplog):
+    relay = box.relay(batch_size=1)
+    for name in "ab":
+        box.add(name)
+    relay.drain()
+    box.redis.delete("s")
+    box.add("c")
+
+    def fail():
+        raise Lost
+
+    after(relay._streams, "restore", fail)
+    with pytest.raises(Lost):
+        relay.drain()
+    damage(box, **{"restored:s": "x"})
+    relay.drain()
+    assert box.lane() == ["a", "a", "b", "c"]
+    assert "streams_lost" in actions(caplog)
+
+
+def test_a_damaged_state_is_named_where_it_is_looked_at(box):
+    relay = box.relay()
+    box.add("a")
+    relay.drain()
+    outbox_id = box.value("SELECT outbox_id::text FROM outbox_relay")
+    box.redis.hset(f"outbox:{outbox_id}", b"last:\xff", "1-1 1")
+    assert relay._streams.state(outbox_id) == (1, ["s"])
+    damage(box, batch="x")
+    with pytest.raises(RedisUnavailable, match="is no number"):
+        relay._streams.state(outbox_id)
+
+
+# -- a journal that is ahead of the leader's row: one of the tables was changed by hand, or restored alone --
+
+
+def add_to_journal(box, batch, name="by hand"):
+    event = Waiting(99, str(uuid4()), "s", "T", None, 0, "2026-01-01 00:00:00+00", f'"{name}"', None, 0, None)
+    body = encode("hand", [event], lambda stream, priority: stream).body
+    box.sql.execute(
+        "INSERT INTO outbox_journal (partition, batch, events, body) VALUES (0, %s, 1, %s)", (batch, body)
+    )
+
+
+def add_the_next(box):
+    add_to_journal(box, 3)
+
+
+def set_the_leader_back(box):
+    box.sql.execute("UPDATE outbox_relay SET batch = 1")
+
+
+@pytest.mark.parametrize("change", [add_the_next, set_the_leader_back])
+def test_a_batch_that_no_leader_has_committed_is_named_and_nothing_is_lost_or_repeated(box, change):
+    relay = box.relay()
+    for name in "ab":
+        box.add(name)
+        relay.drain()
+    change(box)
+    box.add("c")
+    for _ in range(3):
+        with pytest.raises(Unsuitable, match=r"a batch [23], .* DELETE FROM outbox_journal WHERE batch > "):
+            relay.run_once() or relay.run_once()
+    published = box.lane()
+    box.sql.execute("DELETE FROM outbox_journal WHERE batch > (SELECT batch FROM outbox_relay)")
+    relay.drain()
+    assert published in (["a", "b"], ["a", "b", "c"])
+    assert (box.lane(), box.waiting(), box.batch()) == (["a", "b", "c"], [], 3)
+
+
+def test_a_batch_that_no_leader_has_committed_is_not_sent_again(box):
+    relay = box.relay()
+    for name in "ab":
+        box.add(name)
+        relay.drain()
+    add_to_journal(box, 7)
+    box.sql.execute("DELETE FROM outbox_journal WHERE batch = 2")
+    box.redis.flushall()
+    box.add("c")
+    relay.drain()
+    assert (box.lane(), box.batch()) == (["a", "c"], 3)
+    assert box.value("SELECT batches_lost FROM outbox_relay") == 1

@@ -19,16 +19,14 @@ from uuid import uuid4
 import click
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from sqlalchemy import make_url
 
 from outbox import cli
 from outbox.settings import FIELDS, safe_url
 from outbox.store import Store
+from tests.integration.conftest import Invoke, Start
 from tests.roles import as_role
-
-Invoke = Callable[..., Result]
-Start = Callable[..., "subprocess.Popen[str]"]
 
 NOWHERE = "127.0.0.1:1"  # nothing listens there
 DEAD_ID = "6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c"
@@ -51,34 +49,6 @@ def stream() -> str:
 @pytest.fixture
 def variables(database_url: str, redis_url: str) -> dict[str, str]:
     return {"OUTBOX_DATABASE_URL": as_role(database_url, "relay"), "OUTBOX_REDIS_URL": redis_url}
-
-
-@pytest.fixture
-def invoke(variables: dict[str, str]) -> Invoke:
-    """Run a command in this process, against the servers of the test."""
-
-    def run(*arguments: str, **env: str) -> Result:
-        return CliRunner().invoke(cli.cli, arguments, env=variables | env, prog_name="outbox-relay")
-
-    return run
-
-
-@pytest.fixture
-def start(variables: dict[str, str]) -> Iterator[Start]:
-    """Start the command as a process of its own, which is killed after the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-        env = os.environ | variables | options.pop("env", {})
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        command = [sys.executable, "-m", "outbox.cli", *arguments]
-        processes.append(subprocess.Popen(command, env=env, text=True, **streams))
-        return processes[-1]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def read_until(process: subprocess.Popen[str], part: str, stream: str = "stderr") -> str:

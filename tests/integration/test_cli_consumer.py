@@ -7,22 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from click.testing import CliRunner, Result
 from sqlalchemy import make_url
 
-from outbox import Consumer, cli
+from outbox import Consumer
 from outbox.dlq import PAGE, DeadLetters
 from tests.integration.box import Box
+from tests.integration.conftest import Invoke, Start
 from tests.integration.test_cli import NOWHERE, PATIENCE_SECONDS, eventually, on_terminal, read_until
 
-Invoke = Callable[..., Result]
-Start = Callable[..., "subprocess.Popen[str]"]
 Ids = list[str]
 
 UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
@@ -74,34 +72,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def variables(redis_url: str) -> dict[str, str]:
     return {"OUTBOX_REDIS_URL": redis_url}
-
-
-@pytest.fixture
-def invoke(variables: dict[str, str]) -> Invoke:
-    """Run a command in this process, against the Redis of the test."""
-
-    def run(*arguments: str, **env: str) -> Result:
-        return CliRunner().invoke(cli.cli, arguments, env=variables | env, prog_name="outbox-relay")
-
-    return run
-
-
-@pytest.fixture
-def start(variables: dict[str, str]) -> Iterator[Start]:
-    """Start the command as a process of its own, which is killed after the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: str, **env: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "outbox", *arguments]
-        everything = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables | env
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, env=everything, text=True, **pipes))
-        return processes[-1]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def publish(redis: Any, lane: str = STREAM, key: str = "c1", **more: Any) -> str:
@@ -184,7 +154,7 @@ def test_the_second_signal_ends_consume_at_once_and_the_event_stays_pending(star
 
 def test_consume_stays_up_while_redis_is_unreachable(start: Start) -> None:
     url = f"redis://:canary@{NOWHERE}"
-    process = start("consume", "shop.billing:consumer", OUTBOX_REDIS_URL=url)
+    process = start("consume", "shop.billing:consumer", env={"OUTBOX_REDIS_URL": url})
     read_until(process, "consumer_backoff")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=PATIENCE_SECONDS)
@@ -369,6 +339,7 @@ def test_a_replay_keeps_the_event_and_is_for_the_group_that_gave_up(
         consumer.drain()
         consumer.close()
     assert handled == [("billing", event_id, {"tenant": "eu"})]
+    assert [redis.xpending(BACKFILL, group)["pending"] for group in ("billing", "mail")] == [0, 0]
 
 
 def test_what_fails_again_has_one_group_and_can_be_replayed_again(

@@ -15,7 +15,7 @@ from outbox import Consumer, InvalidEvent, InvalidHandler, Retry
 from outbox.errors import InvalidSetting, RedisUnavailable
 from outbox.groups import Found, Groups, _entries
 from outbox.loop import Every
-from tests.integration.bank import KINDS, Bank, entry, wait_until
+from tests.integration.bank import KINDS, Bank, Made, entry, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -155,6 +155,17 @@ def test_no_worker_pauses_while_another_has_taken_what_it_read(bank, monkeypatch
     assert ["$", "$"] not in asked
 
 
+def test_the_backfill_lanes_take_turns(bank):
+    for lane in ("s:backfill", "t:backfill", "u:backfill"):
+        for n in range(4):
+            bank.add(f"{lane} {n}", lane)
+    made = bank.consumer(streams=["s", "t", "u"])
+    assert made.drain() == 12
+    rounds = [[name[0] for name in bank.handled[n : n + 3]] for n in range(0, 12, 3)]
+    assert rounds == rounds[:1] * 4
+    assert {*rounds[0]} == {*"stu"}
+
+
 # -- waking up --------------------------------------------------------------------------------------------
 
 
@@ -199,6 +210,40 @@ def test_what_waits_for_its_time_does_not_keep_primary_from_being_read(bank, mon
     assert bank.handled == ["bulk 0", "bulk 1", "bulk 2", "a"]
 
 
+def test_no_more_of_primary_is_read_than_can_wait_for_its_time(bank, monkeypatch):
+    monkeypatch.setattr("outbox.hand.MOST_WAITING", 3)
+
+    def act(event) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    for n in range(5):
+        bank.add(f"e{n}")
+    assert bank.consumer(act).drain() == 3
+    assert len(bank.pending()) == 3
+
+
+def test_a_backfill_event_that_is_due_outlives_a_read_that_fails(bank, monkeypatch):
+    following, failures = Groups.next, ["Redis: it is away"]
+
+    async def cut_off(self, *arguments, **named):
+        if bank.handled and failures:
+            raise RedisUnavailable(failures.pop())
+        return await following(self, *arguments, **named)
+
+    def act(event) -> None:
+        if event.deliveries == 1:
+            raise Retry(after=0)
+
+    monkeypatch.setattr(Groups, "next", cut_off)
+    bank.add("a", "s:backfill")
+    made = bank.consumer(act)
+    made.run_once()
+    with pytest.raises(RedisUnavailable):
+        made.run_once()
+    assert made.drain() == 1
+    assert bank.handled == ["a", "a"]
+
+
 # -- taking up what is pending ----------------------------------------------------------------------------
 
 
@@ -223,7 +268,7 @@ def test_its_own_pending_entries_come_first_primary_before_backfill(bank):
         *("pending 1 s", "pending 2 s", "new s"),
         *("pending 1 s:backfill", "pending 2 s:backfill", "new s:backfill"),
     ]
-    assert bank.pending() == bank.pending("s:backfill") == {}
+    assert bank.pending() == bank.pending("s:backfill") == made.it._hand.held() == {}
 
 
 def test_deliveries_are_counted_by_redis_and_only_of_what_is_handled(bank):
@@ -266,6 +311,53 @@ def test_many_that_are_claimed_are_each_handled_once(bank):
     assert sorted(bank.handled) == sorted(names)
 
 
+def claiming(bank: Bank, act=None) -> Made:
+    """Make a consumer that looks for what others have left before each event."""
+    made = bank.consumer(act, name="me", claim_idle=timedelta(milliseconds=1))
+    made.it._keep_again = Every(0)
+    return made
+
+
+def test_what_was_deleted_while_a_silent_consumer_had_it_is_counted_as_lost(bank):
+    id_ = bank.add("a")
+    give(bank, "dead", "s")
+    bank.redis.xdel("s", id_)
+    made = claiming(bank)
+    wait_until(lambda: made.run_once() + 1 and made.it.counts["lost"])
+    assert bank.pending() == {}
+
+
+def test_no_more_is_claimed_than_can_be_in_hand(bank, monkeypatch):
+    monkeypatch.setattr("outbox.hand.MOST_WAITING", 50)
+
+    def act(event) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    for n in range(250):
+        bank.add(f"e{n}")
+    give(bank, "dead", "s")
+    made = claiming(bank, act)
+    wait_until(lambda: made.run_once() + 1 and len(bank.handled) >= 100)
+    assert made.drain() == 0
+    assert len(bank.handled) == 100
+
+
+def test_a_heartbeat_counts_from_before_it_was_sent(bank, monkeypatch):
+    """This process may be frozen before it reads the answer: what it had may be another's by then."""
+    sent, renew = [], Groups.renew
+
+    async def noted(self, lane, ids):
+        sent.append(time.monotonic())
+        return await renew(self, lane, ids)
+
+    monkeypatch.setattr(Groups, "renew", noted)
+    bank.add("a")
+    give(bank, "me", "s")
+    made = bank.consumer(name="me")
+    made.run_once()
+    assert 0 < made.it._hand.renewed_at <= sent[0]
+
+
 def run_two_with_a_long_handler(bank: Bank, until) -> None:
     """Hold a handler of the one consumer until a condition of the other is true."""
     looks, held = [], threading.Event()
@@ -299,7 +391,8 @@ def test_without_the_heartbeat_another_takes_it(bank, monkeypatch):
     run_two_with_a_long_handler(bank, lambda looks: len(bank.handled) == 2)
 
 
-def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory(bank, monkeypatch):
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory(bank, monkeypatch, stops):
     """The heartbeat comes first after the thaw, and must not make it sure of what it has lost."""
     beats = []
     renew = Groups.renew
@@ -321,15 +414,18 @@ def test_what_was_claimed_from_it_while_it_was_frozen_is_not_handled_from_memory
             bank.redis.xclaim("s", "g", "other", 0, ids, justid=True)
             seen = len(beats)
             wait_until(lambda: len(beats) > seen, "a heartbeat")
+            if stops:
+                made.it.stop()
 
     stolen: list[bytes] = []
     monkeypatch.setattr(Groups, "renew", counted)
     for n in range(50):
         bank.add(f"warm {n}")
-    with bank.consumer(act, name="me", claim_idle=timedelta(seconds=4)).running():
+    made = bank.consumer(act, name="me", claim_idle=timedelta(seconds=4))
+    with made.running():
         wait_until(lambda: len(stolen) > 2 and not bank.redis.xpending_range("s", "g", "-", "+", 9, "me"))
         bank.add("after")
-        wait_until(lambda: "after" in bank.handled)
+        wait_until(lambda: made.it._stop.is_set() if stops else "after" in bank.handled)
     assert "e0" in bank.handled
     assert not {f"e{n}" for n in range(1, len(stolen))} & set(bank.handled)
 
@@ -375,6 +471,55 @@ def test_no_entry_is_left_behind_when_redis_is_away_as_others_are_acked(bank, mo
     assert bank.handled == names
 
 
+def test_a_group_that_is_gone_while_it_runs_is_created_again(bank):
+    with bank.consumer().running():
+        bank.add("a")
+        wait_until(lambda: bank.handled)
+        bank.redis.delete("s", "s:backfill")  # as a Redis that was restarted empty
+        bank.add("b")
+        bank.add("c", "s:backfill")
+        wait_until(lambda: {"b", "c"} <= {*bank.handled})
+
+
+@pytest.mark.parametrize("method", ["next", "wait", "claim", "renew"])
+def test_a_bug_of_its_own_ends_no_consumer(bank, monkeypatch, caplog, method):
+    original, failures = getattr(Groups, method), ["the first call"]
+
+    async def fails_once(self, *arguments, **named):
+        if failures:
+            raise ValueError(failures.pop())
+        return await original(self, *arguments, **named)
+
+    monkeypatch.setattr(Groups, method, fails_once)
+    bank.add("a")
+    give(bank, "dead", "s")
+    with bank.consumer(claim_idle=timedelta(milliseconds=200)).running():
+        bank.add("b")
+        wait_until(lambda: sorted(bank.handled) == ["a", "b"])
+        wait_until(lambda: not failures and bank.pending() == {})
+    assert "consumer_bug" in [getattr(record, "action", None) for record in caplog.records]
+
+
+def test_what_is_done_is_acked_though_more_was_read(bank, monkeypatch):
+    monkeypatch.setattr("outbox.consumer.ACK_SECONDS", 0.0)
+    still_pending = []
+
+    def act(event) -> None:
+        if event.data in ("e150", "e151"):  # by now a read takes many
+            still_pending.append([*bank.pending()])
+        if event.data == "e151":
+            made.it.stop()
+
+    with bank.redis.pipeline() as pipeline:
+        for n in range(200):
+            pipeline.xadd("s", entry(f"e{n}"))
+        pipeline.execute()
+    made = bank.consumer(act)
+    made.run()
+    assert still_pending[0][:2] == ["e150", "e151"]
+    assert still_pending[1][0] == "e151"
+
+
 # -- ending -----------------------------------------------------------------------------------------------
 
 
@@ -406,6 +551,12 @@ def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank):
     with made.running():
         wait_until(lambda: bank.consumers() == {"me"} and bank.handled)
     assert bank.handled == ["a"]
+
+
+def test_a_consumer_that_was_heard_of_lately_stays(bank):
+    give(bank, "empty", "s")
+    bank.consumer(name="me").run_once()
+    assert bank.consumers() == {"empty", "me"}
 
 
 def test_default_names_are_unique(bank):

@@ -1,5 +1,6 @@
 """What becomes of an event that a handler gets: decoded, traced, tried again, given up."""
 
+import asyncio
 import json
 import logging
 import sys
@@ -17,9 +18,19 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
-from outbox import Consumer, InvalidEvent, Priority, Reject, Retry, current_priority, event, publish
+from outbox import (
+    AsyncConsumer,
+    Consumer,
+    InvalidEvent,
+    Priority,
+    Reject,
+    Retry,
+    current_priority,
+    event,
+    publish,
+)
 from outbox.errors import RedisUnavailable
-from tests.integration.bank import KINDS, Bank, entry
+from tests.integration.bank import KINDS, Bank, entry, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -53,6 +64,29 @@ def test_a_failed_event_comes_back_and_holds_nothing_up(bank):
     assert made.it.counts == {"failed": 1, "handled": 1}
 
 
+def test_what_was_handled_once_is_acked_before_the_next(bank):
+    bank.add("a")
+    bank.consumer().run_once()
+    assert bank.pending() == {}
+
+
+@pytest.mark.parametrize("bank", ["blocking", "blocking, async handlers"], indirect=True)
+def test_an_event_whose_handler_was_interrupted_comes_back_as_a_new_delivery(bank):
+    deliveries = []
+
+    def act(event) -> None:
+        deliveries.append(event.deliveries)
+        if len(deliveries) == 1:
+            raise KeyboardInterrupt
+
+    made = bank.consumer(act, backoff=timedelta(milliseconds=1))
+    bank.add("a")
+    with pytest.raises(KeyboardInterrupt):
+        made.run_once()
+    wait_until(lambda: made.run_once() + 1 and len(deliveries) == 2)
+    assert deliveries == [1, 2]
+
+
 def test_a_handler_chooses_when_it_is_called_again(bank):
     made = bank.consumer(raising(Retry(after=0), Retry(after=timedelta(0)), Retry(after=timedelta(hours=1))))
     bank.add("a")
@@ -70,6 +104,7 @@ def test_what_is_rejected_is_a_dead_letter_at_once_and_says_why(bank, caplog):
     assert datetime.fromisoformat(letter["dlq:died_at"]).tzinfo
     assert (letter["data"], letter["subject"], letter["tenant"]) == ('"a"', "k", "eu")
     assert bank.pending() == {}
+    assert made.it._hand.held() == {}
     assert "event_dead" in [record.action for record in caplog.records]
 
 
@@ -100,6 +135,50 @@ def test_dead_letters_that_redis_refuses_stay_pending_and_others_go_on(bank):
     assert bank.pending() == {"a": 1}
 
 
+def test_dead_letters_that_redis_refuses_are_tried_again(bank):
+    bank.redis.set("s:dlq", "no stream")
+    brief = timedelta(milliseconds=1)
+    made = bank.consumer(raising(*[Reject("no")] * 2), backoff=brief, backoff_max=brief)
+    bank.add("a")
+    made.run_once()
+    bank.redis.delete("s:dlq")
+    wait_until(lambda: made.run_once() + 1 and bank.dead())
+    assert bank.pending() == {}
+
+
+def test_what_a_handler_cancels_is_its_own_failure(bank):
+    made = bank.consumer(raising(asyncio.CancelledError("of something it awaits")))
+    bank.add("a")
+    assert made.drain() == 1
+    assert made.it.counts == {"failed": 1}
+    assert bank.pending() == {"a": 1}
+
+
+@pytest.mark.parametrize("bank", ["asyncio"], indirect=True)
+def test_a_consumer_that_is_cancelled_ends_and_leaves_its_event_pending(bank):
+    bank.add("a")
+    consumer = AsyncConsumer(bank.redis_url, group="g", streams=["s"], max_deliveries=1)
+
+    async def cancel_in_the_handler() -> None:
+        begun = asyncio.Event()
+
+        @consumer.on_any
+        async def handle(event) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        running = asyncio.create_task(consumer.run())
+        await begun.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(20):
+                await running
+
+    asyncio.run(cancel_in_the_handler())
+    assert bank.pending() == {"a": 1}
+    assert bank.dead() == []
+
+
 # -- what nobody can handle ----------------------------------------------------------------------------------------
 
 
@@ -112,6 +191,16 @@ def test_an_event_that_no_handler_takes_is_dead_or_skipped(bank):
         assert len(bank.dead()) == dead, unknown
         assert bank.pending(group=unknown) == {}
     assert bank.handled == []
+
+
+def test_a_handler_that_comes_later_takes_what_comes_later(bank):
+    made = bank.consumer(on="Other", unknown="skip")
+    bank.add("a")
+    made.drain()
+    made.it.on("T")(made.it._handlers[0].function)
+    bank.add("b")
+    made.drain()
+    assert bank.handled == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +229,7 @@ def test_what_lacks_a_field_is_a_dead_letter_that_names_it(bank, left_out):
     del fields[left_out]
     bank.redis.xadd("s", fields)
     bank.redis.xadd("s", {"hello": "world"})
-    bank.redis.xadd("s", {f"field {n}": n for n in range(3000)})
+    bank.redis.xadd("s", {f"field {n}": n for n in range(5000)})
     assert made.drain() == 3
     assert f"{left_out}: it is missing" in bank.dead()[0]["dlq:error"]
     assert len(bank.dead()) == 3
@@ -153,7 +242,7 @@ def test_an_entry_that_was_deleted_while_it_was_pending_is_counted_as_lost(bank,
     bank.redis.xdel("s", id_)
     made.drain()
     assert made.it.counts["lost"] == 1
-    assert bank.pending() == {}
+    assert bank.pending() == made.it._hand.held() == {}
     assert "entry_lost" in [record.action for record in caplog.records]
 
 

@@ -1,13 +1,16 @@
 """The inbox: an event that comes twice takes effect once, in each kind of consumer."""
 
 from collections.abc import Iterator
-from uuid import uuid4
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from outbox.errors import DatabaseUnavailable
-from tests.integration.bank import KINDS, Bank, wait_until
+from tests.integration.bank import KINDS, Bank, entry, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -82,3 +85,127 @@ def test_what_another_consumers_transaction_has_in_hand_is_not_waited_for(bank):
         frozen.rollback()
     wait_until(lambda: made.run_once() + 1 and bank.effects() == ["a", "b"])
     assert deliveries == [1, 1]
+
+
+# -- rows that are old, or by a foreign hand --------------------------------------------------------------
+
+
+def note(bank: Bank, rows: dict[int, str | float], group: str = "g") -> None:
+    """Add rows to the inbox: of events with these numbers, handled at a time, or so many hours ago."""
+    for number, at in rows.items():
+        if not isinstance(at, str):
+            at = f"{datetime.now(UTC) - timedelta(hours=at)}"
+        bank.sql.execute(
+            "INSERT INTO outbox_inbox VALUES (%s, %s, %s::text::timestamptz)", (group, UUID(int=number), at)
+        )
+
+
+def noted(bank: Bank) -> list[int]:
+    """Return the numbers of the events in the inbox."""
+    return sorted(event_id.int for (event_id,) in bank.sql.execute("SELECT event_id FROM outbox_inbox"))
+
+
+def add_old(bank: Bank, hours: float) -> None:
+    """Add an event, of the number 99, that was published so many hours ago."""
+    at = datetime.now(UTC) - timedelta(hours=hours)
+    bank.redis.xadd("s", entry("old", id=str(UUID(int=99))), id=f"{int(at.timestamp() * 1000)}-0")
+
+
+def test_old_rows_of_the_group_are_purged(bank, monkeypatch):
+    monkeypatch.setattr("outbox.inbox.PURGED_AT_ONCE", 2)
+    made = bank.consumer(inbox=True)
+    note(bank, {1: 7 * 24 + 1, 2: 1000, 3: 1001, 4: 1002, 5: 1003, 6: 7 * 24 - 1})
+    note(bank, {5: 1, 7: 2000}, group="other")
+    made.run_once()
+    assert noted(bank) == [5, 6, 7]
+
+
+def test_no_row_is_purged_whose_event_redis_may_still_give(bank):
+    """An hour is left between the clocks of both, and for what the relay may send again."""
+    made = bank.consumer(inbox=True)
+    add_old(bank, hours=10 * 24)
+    bank.add("new", "s:backfill")
+    note(bank, {1: 9 * 24, 2: 10 * 24 + 0.5, 3: 10 * 24 + 1.5})
+    made.run_once()
+    assert noted(bank) == [1, 2, 99]
+
+
+@pytest.mark.parametrize("handled_at", ["infinity", "-infinity", "294276-01-01", "4713-01-01 BC"])
+def test_a_row_with_a_time_that_cannot_be_holds_nothing_up(bank, handled_at):
+    made = bank.consumer(inbox=True)
+    note(bank, {1: handled_at, 2: 1000})
+    bank.add("a")
+    assert made.drain() == 1
+    assert bank.effects() == ["a"]
+    assert (1 in noted(bank), 2 in noted(bank)) == (handled_at[0] in "i2", False)
+
+
+def test_an_event_whose_row_somebody_has_added_counts_as_repeated(bank):
+    made = bank.consumer(inbox=True)
+    note(bank, {1: 0})
+    note(bank, {2: 0}, group="other")
+    bank.add("a", id=str(UUID(int=1)))
+    bank.add("b", id=str(UUID(int=2)))
+    assert made.drain() == 2
+    assert bank.effects() == ["b"]
+    assert made.it.counts == {"handled": 1, "repeated": 1}
+
+
+def test_without_its_key_the_inbox_could_tell_nothing_apart_and_is_not_used(bank):
+    made = bank.consumer(inbox=True)
+    bank.sql.execute("ALTER TABLE outbox_inbox DROP CONSTRAINT outbox_inbox_pkey")
+    bank.add("a")
+    for _ in range(3):
+        with pytest.raises(DatabaseUnavailable, match="the inbox: .*constraint"):
+            made.run_once()
+    assert (bank.effects(), bank.pending()) == ([], {"a": 1})
+    bank.sql.execute("ALTER TABLE outbox_inbox ADD PRIMARY KEY (consumer_group, event_id)")
+    assert made.drain() == 1
+    assert bank.effects() == ["a"]
+
+
+# -- PostgreSQL is away -----------------------------------------------------------------------------------
+
+
+def test_a_connection_that_is_lost_in_a_handler_is_no_failure(bank):
+    """What the handler has done is undone with it, and the event keeps its deliveries."""
+    deliveries = []
+
+    def act(event, session) -> None:
+        deliveries.append(event.deliveries)
+        if len(deliveries) < 3:
+            pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
+            bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            session.execute(text("SELECT 1"))
+
+    made = bank.consumer(act, inbox=True, max_deliveries=1)
+    bank.add("a")
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailable, match="PostgreSQL"):
+            made.run_once()
+    assert made.drain() == 1
+    assert (deliveries, bank.effects(), bank.dead()) == ([1, 1, 1], ["a"], [])
+
+
+def test_a_pool_without_a_free_connection_is_no_failure(bank, monkeypatch):
+    made = bank.consumer(lambda event, session: raise_once(), inbox=True, max_deliveries=1)
+    errors = [PoolTimeout("QueuePool limit of size 5 reached")]
+
+    def raise_once() -> None:
+        if errors:
+            raise errors.pop()
+
+    bank.add("a")
+    with pytest.raises(DatabaseUnavailable, match="QueuePool"):
+        made.run_once()
+    assert made.drain() == 1
+    assert bank.dead() == []
+
+
+def test_no_connection_is_kept_after_an_event(bank):
+    """A session that is left open would hold one for each event that fails."""
+    made = bank.consumer(lambda event, session: 1 / 0, inbox=True, max_deliveries=1)
+    for n in range(20):  # more than the pool has
+        bank.add(f"e{n}")
+    assert made.drain() == 20
+    assert len(bank.dead()) == 20

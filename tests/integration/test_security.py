@@ -93,6 +93,12 @@ REFUSED = [
     *(("reader", f"SELECT FROM {table}") for table in ("business", "outbox_inbox")),
     *(("consumer", f"SELECT FROM {table}") for table in TABLES if table != "outbox_inbox"),
     ("consumer", "UPDATE outbox_inbox SET handled_at = now()"),
+    *(("operator", f"SELECT {column} FROM outbox") for column in ("payload", "headers", "key", "last_error")),
+    ("operator", "DELETE FROM outbox"),
+    ("operator", f"INSERT INTO outbox ({ANY_ROW}, attempts) VALUES {ROW[:-1]}, 1)"),
+    ("operator", "UPDATE outbox_dead SET payload = '2'"),
+    ("operator", "SELECT FROM outbox_relay FOR UPDATE"),
+    *(("operator", f"SELECT FROM {table}") for table in ("outbox_journal", "outbox_inbox", "business")),
 ]  # fmt: skip
 
 
@@ -167,6 +173,16 @@ def test_a_reader_shows_the_status_and_sees_no_secret(granted, database_url, box
     refused = run("dead", "list", **env)
     assert refused.exit_code == 3
     assert "permission denied" in refused.output
+
+
+def test_an_operator_reads_retries_and_drops_dead_letters(granted, database_url, box: Box) -> None:
+    env = {"OUTBOX_DATABASE_URL": role_url(database_url, "operator"), "OUTBOX_REDIS_URL": box.redis_url}
+    dead = str(box.value("SELECT event_id FROM outbox_dead"))
+    shown = [run("dead", *command, **env) for command in (["list"], ["show", dead])]
+    assert all(SECRET in result.output for result in shown)
+    assert run("dead", "retry", dead, **env).exit_code == 0
+    assert box.value("SELECT count(*) FROM outbox WHERE event_id = %s", dead) == 1
+    assert run("dead", "drop", "--all", "--yes", **env).exit_code == 0
 
 
 def test_a_consumer_keeps_its_inbox(granted) -> None:
@@ -274,7 +290,7 @@ def test_the_relay_does_all_its_work_as_the_user_of_redis_that_is_printed(
     assert json.loads(state.stdout)["redis"]["batch"] == 4
 
 
-@pytest.mark.parametrize("role", ["relay", "reader", "consumer"])
+@pytest.mark.parametrize("role", ["relay", "reader", "consumer", "operator"])
 @pytest.mark.parametrize(
     "command",
     ["FLUSHALL", "KEYS *", "DEL s", "GET x", "CONFIG GET *", "ACL LIST", "XDEL s 1-0", "SHUTDOWN"],
@@ -318,6 +334,52 @@ def test_a_consumer_does_all_its_work_as_its_role_and_its_user(
     engine.dispose()
     assert "permission" not in caplog.text
     assert box.redis.xpending("s", "g")["pending"] == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--stream", "s"]])
+def test_an_operator_does_all_that_there_is_to_do_with_what_consumers_gave_up(
+    users, redis_url: str, redis: redis_client.Redis, arguments: list[str]
+) -> None:
+    url, ids = users(redis_url, "operator", *arguments), [str(uuid4()) for _ in range(4)]
+    for event_id in ids:
+        redis.xadd("s:backfill:dlq", {"id": event_id, "data": "1", "dlq:group": "g", "dlq:error": SECRET})
+    redis.script_flush()
+
+    def dlq(*command: str) -> str:
+        result = run("dlq", *command, *arguments, OUTBOX_REDIS_URL=url)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert [row["event_id"] for row in json.loads(dlq("list", "--json"))] == ids[::-1]
+    assert SECRET in dlq("show", ids[0])
+    dlq("replay", ids[0])
+    dlq("drop", ids[1], "--yes")
+    dlq("replay", "--all")
+    assert [entry[b"id"].decode() for _, entry in redis.xrange("s:backfill")] == [ids[0], *ids[2:]]
+    assert redis.xlen("s:backfill:dlq") == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--stream", "s"]])
+@pytest.mark.parametrize(
+    "command",
+    ["XRANGE s - +", "XREVRANGE s + -", "XREAD STREAMS s 0", "XTRIM s:dlq MAXLEN 0", "XGROUP CREATE s g 0",
+     "HGETALL outbox:state", "EVAL return(redis.call('XDEL',KEYS[1],'1-0')) 1 s"],
+)  # fmt: skip
+def test_an_operator_of_redis_touches_dead_letters_alone(
+    users, redis_url: str, arguments: list[str], command: str
+) -> None:
+    client = redis_client.Redis.from_url(users(redis_url, "operator", *arguments))
+    with pytest.raises(redis_client.ResponseError, match="permission|can't (access|run)"):
+        client.execute_command(*command.split())
+    client.close()
+
+
+def test_an_operator_of_some_streams_sees_the_name_of_no_other_key(users, redis_url: str, redis) -> None:
+    url = users(redis_url, "operator", "--stream", "s")
+    redis.xadd("other:dlq", {"id": "1", "dlq:group": "g"})
+    for arguments in ([], ["--stream", "other"]):
+        result = run("dlq", "list", *arguments, OUTBOX_REDIS_URL=url)
+        assert (result.exit_code, "permission" in result.stderr) == (3, True), result.output
 
 
 def test_a_reader_of_redis_shows_the_status(box: Box, users, redis_url: str) -> None:

@@ -1,10 +1,14 @@
 """What can be recorded, and that all else is refused by the name of the field."""
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from itertools import count, repeat
 from typing import Any
+from unittest.mock import MagicMock
+from uuid import UUID
 
 import pytest
 
@@ -31,6 +35,32 @@ CIRCULAR: list[Any] = []
 CIRCULAR.append(CIRCULAR)
 
 
+class Endless(Mapping[str, Any]):
+    """A mapping that never ends, and denies it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        return map("h{}".format, count())
+
+    def __getitem__(self, name: str) -> str:
+        return name
+
+
+class Pretender:
+    """An object that has every attribute, can be called, and gives itself whenever it is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return Pretender()
+
+    def __iter__(self) -> Iterator[Any]:
+        return repeat(self)
+
+
 @pytest.mark.parametrize(
     ("value", "fault"),
     [
@@ -51,6 +81,12 @@ CIRCULAR.append(CIRCULAR)
         (nested(MAX_DEPTH), "it is nested too deeply"),
         (nested(100_000), "it is nested too deeply"),
         ("x" * 262_144, "Named: 262165 bytes are more than the 262144"),
+        (MagicMock(), "Named.value: a MagicMock cannot be encoded"),
+        ([MagicMock(spec=dict)], "Named.value[0]: a MagicMock cannot be encoded"),
+        (Endless(), "Named.value: a Endless cannot be encoded"),
+        (Pretender(), "Named.value: a Pretender cannot be encoded"),
+        ([MagicMock(spec=str)], "Named.value[0]: a MagicMock cannot be encoded"),
+        (MagicMock(spec=UUID), "Named.value: a MagicMock cannot be encoded"),
     ],
 )
 def test_bad_payloads(value, fault):
@@ -88,7 +124,15 @@ def test_brackets_in_a_text_are_no_depth_and_a_backslash_is_no_nul():
         ({"headers": {"a b": "x"}}, "headers: 'a b'"),
         ({"headers": {"a": 5}}, "headers.a: a string is needed"),
         ({"headers": {"a": "\0"}}, "headers.a: a NUL"),
-        ({"headers": {f"h{n}": "" for n in range(MAX_HEADERS + 1)}}, "headers: 65 are more"),
+        ({"headers": {f"h{n}": "" for n in range(MAX_HEADERS + 1)}}, "headers: more than the 64"),
+        ({"headers": Endless()}, "headers: more than the 64"),
+        ({"headers": MagicMock()}, "headers: a mapping of strings is needed"),
+        ({"key": MagicMock()}, "key: a string is needed"),
+        ({"type": MagicMock()}, "type: a string is needed"),
+        ({"stream": MagicMock()}, "stream: <MagicMock"),
+        ({"priority": MagicMock()}, "priority: "),
+        ({"available_at": MagicMock()}, "available_at: "),
+        ({"event_id": MagicMock()}, "event_id: "),
         ({"headers": {"a": "x" * 300_000}}, "headers: more than"),
         ({"available_at": datetime(2026, 1, 1)}, "available_at: a datetime with a time zone"),
         ({"available_at": "now"}, "available_at: "),
@@ -122,6 +166,11 @@ def test_a_class_that_is_not_marked_is_refused_and_a_subclass_of_one_that_is():
     for stranger in (Child("k"), 5, "text", [1], None, Named):
         with pytest.raises(InvalidEvent, match=r"is no event; mark the class with @event"):
             encode(stranger)
+
+
+def test_what_claims_to_be_an_event_is_refused():
+    with pytest.raises(InvalidEvent, match="^Named: a MagicMock cannot be encoded"):
+        encode(MagicMock(spec=Named))
 
 
 def test_marking_what_cannot_be_an_event_is_refused_at_once():
