@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +20,7 @@ from outbox.settings import Settings
 if TYPE_CHECKING:
     from outbox.measure import Findings, Shares
 
+HANGS_SECONDS = 5  # after a signal; then another one ends the stage, too
 MEASURED = ("database_url", "redis_url", "redis_prefix", "batch_size")
 
 
@@ -67,9 +69,9 @@ def bench(config: Settings, events: int, payload_bytes: int, as_json: bool) -> N
 
     need_database(config)
     start_logging(config.log_level, config.log_format)
-    stage = ["..."]
-    with _ended_by_signals(), progress(lambda: stage[-1]):
-        found = measure(config, events, payload_bytes, stage.append)
+    stage = _Stage()
+    with stage.signals(), progress(lambda: stage.text):
+        found = measure(config, events, payload_bytes, stage.say)
     state = summary(found)
     if as_json:
         click.echo(to_json(state))
@@ -79,26 +81,34 @@ def bench(config: Settings, events: int, payload_bytes: int, as_json: bool) -> N
         click.echo("\n" + textwrap.fill(state["verdict"], width))
 
 
-class _Ended(KeyboardInterrupt):
-    """Raised when a signal ends the measurement: nothing takes it for an error to go on after."""
+class _Stage:
+    """What is being measured. A signal ends that between two stages, where nothing is half done."""
 
+    def __init__(self) -> None:
+        self.text = "..."
+        self._signal, self._deadline = 0, 0.0
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGINT raise at once, so that all is removed on the way out. Raises Failed then."""
+    def say(self, text: str) -> None:
+        """Enter a stage. Raises Failed after a signal."""
+        if self._signal:
+            raise Failed("interrupted; the schema and the keys are removed", 128 + self._signal)
+        self.text = text
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        raise _Ended(number)
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, self._on_signal) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, on_signal) for number in numbers]
-    try:
-        yield
-    except _Ended as ended:
-        raise Failed("interrupted; its schema and keys are removed", 128 + ended.args[0]) from ended
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._signal:
+            self._signal, self._deadline = number, time.monotonic() + HANGS_SECONDS
+        elif time.monotonic() > self._deadline:
+            raise KeyboardInterrupt
 
 
 # -- what is shown ---------------------------------------------------------------------------------

@@ -39,12 +39,14 @@ from outbox.report import server_version
 from outbox.settings import Settings
 from outbox.site import Site, temporary_site
 
-Say = Callable[[str], None]  # shows what is going on
+# They show what is being done, and may raise to end it: a text; what is done to events, and to how many.
+Say = Callable[[str], None]
+Tell = Callable[[str, int], None]
 
 ROUNDS, ENOUGH_SECONDS = 5, 15.0  # no further round starts after so long
-WARM_UP_EVENTS = 1000
-PROBES, PROBE_SECONDS = 200, 3.0
-SCRIPT_ENTRIES = 500  # in one call
+WARM_UP_EVENTS, FILL_EVENTS = 1000, 20_000  # the latter in one transaction
+PROBES, PROBE_SECONDS = 200, 1.5
+SCRIPT_ENTRIES, SCRIPT_CALLS = 500, 20
 SINGLE_COMMITS, PAUSE_SECONDS = 200, 0.02
 PATIENCE_SECONDS = 10
 ENTRY_BYTES = 400  # of Redis' memory, beside the payload
@@ -54,7 +56,8 @@ FILL: LiteralString = """
 INSERT INTO {schema}.outbox (stream, type, key, priority, payload)
 SELECT %(stream)s, 'Measured', 'key-' || n %% 10007, (ARRAY[-100, -50, 0, 50, 100])[1 + n %% 5],
        (head || left(repeat(md5(n::text), %(bytes)s / 32 + 1), %(bytes)s - length(head) - 2) || '"}}')::json
-FROM (SELECT n, '{{"n": ' || n || ', "text": "' AS head FROM generate_series(1, %(events)s) AS n) AS made
+FROM (SELECT n, '{{"n": ' || n || ', "text": "' AS head
+      FROM generate_series(%(first)s::int, %(last)s::int) AS n) AS made
 """
 
 SINGLE: LiteralString = """
@@ -178,55 +181,50 @@ def measure(config: Settings, events: int, payload_bytes: int, say: Say) -> Find
     Raises Unavailable, Unsuitable, or OutboxError for a lack of rights. Nothing of it is left then, either.
     """
     with temporary_site(config, events * (payload_bytes + ENTRY_BYTES), say) as site:
-        say("PostgreSQL by itself ...")
-        database = _probe_database(site)
-        say("Redis by itself ...")
-        cache = _probe_redis(site, payload_bytes)
+        database, cache = _probe_database(site, say), _probe_redis(site, payload_bytes, say)
         rounds = _drain_backlogs(site, events, payload_bytes, say)
-        return Findings(database, cache, payload_bytes, rounds, _commit_singly(site, say))
+        found = Findings(database, cache, payload_bytes, rounds, _commit_singly(site, say))
+        say("removing the schema and the keys ...")
+        return found
 
 
 # -- each server by itself -------------------------------------------------------------------------
 
 
-def _median_seconds(act: Callable[[], Any], most: int = PROBES) -> float:
+def _median_seconds(act: Callable[[], Any], most: int | None = None) -> float:
     """Return the median of what a call takes, of some calls; the first does not count."""
     act()
     taken: list[float] = []
     end = time.perf_counter() + PROBE_SECONDS
-    while len(taken) < most and (not taken or time.perf_counter() < end):
+    while len(taken) < (most or PROBES) and (not taken or time.perf_counter() < end):
         started = time.perf_counter()
         act()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 
 
-def _probe_database(site: Site) -> Server:
+def _probe_database(site: Site, say: Say) -> Server:
     names = ("server_version", "fsync", "synchronous_commit")
-    row = site.run("SELECT current_setting(unnest(%s::text[]))", (list(names),)).fetchall()
-    version, *settings = (value for (value,) in row)
-    return Server(
-        f"PostgreSQL {version.split()[0]}",
-        _median_seconds(lambda: site.run("SELECT 1")),
-        dict(zip(names[1:], settings, strict=True)),
-        {"commit": _median_seconds(lambda: site.run("INSERT INTO {schema}.probe VALUES (1)"))},
-    )
+    rows = site.run("SELECT current_setting(unnest(%s::text[]))", (list(names),)).fetchall()
+    version, *settings = (value for (value,) in rows)
+    say("PostgreSQL: round trips ...")
+    round_trip = _median_seconds(lambda: site.run("SELECT 1"))
+    say("PostgreSQL: commits ...")
+    commit = _median_seconds(lambda: site.run("INSERT INTO {schema}.probe VALUES (1)"))
+    facts = dict(zip(names[1:], settings, strict=True))
+    return Server(f"PostgreSQL {version.split()[0]}", round_trip, facts, {"commit": commit})
 
 
-def _probe_redis(site: Site, payload_bytes: int) -> Server:
-    info, probe = _info(site), site.probe
-    add, data, event_id = site.redis.register_script(ADD_ENTRIES), "x" * payload_bytes, str(uuid4())
-    try:
-        call = _median_seconds(lambda: add([probe], [SCRIPT_ENTRIES, data, event_id]), 20)
-    finally:
-        site.redis.unlink(probe)
+def _probe_redis(site: Site, payload_bytes: int, say: Say) -> Server:
+    info, add = _info(site), site.redis.register_script(ADD_ENTRIES)
+    arguments: list[Any] = [SCRIPT_ENTRIES, "x" * payload_bytes, str(uuid4())]
+    say("Redis: round trips ...")
+    round_trip = _median_seconds(site.redis.ping)
+    say("Redis: entries of a stream ...")
+    call = _median_seconds(lambda: add([site.probe], arguments), SCRIPT_CALLS)
+    site.redis.unlink(site.probe)
     facts = {"appendonly": "on" if info["aof_enabled"] else "off"} if "aof_enabled" in info else {}
-    return Server(
-        server_version(info),
-        _median_seconds(site.redis.ping),
-        facts,
-        {"entry": call / SCRIPT_ENTRIES},
-    )
+    return Server(server_version(info), round_trip, facts, {"entry": call / SCRIPT_ENTRIES})
 
 
 def _info(site: Site) -> dict[str, Any]:
@@ -255,34 +253,32 @@ def _drain_backlogs(site: Site, events: int, payload_bytes: int, say: Say) -> li
     done: list[Round] = []
     with _running(relay) as thread:
         relay.check()
-        _fill(site, min(WARM_UP_EVENTS, events), payload_bytes)
+        _fill(site, min(WARM_UP_EVENTS, events), payload_bytes, partial(_tell, say, "a first few events"))
         thread.submit(relay.drain, PATIENCE_SECONDS).result()
         while len(done) < ROUNDS and (not done or time.monotonic() < end):
-            what = f"round {len(done) + 1} of {ROUNDS}"
-            say(f"{what}: recording {events:,} events ...")
-            _fill(site, events, payload_bytes)
-            done.append(_drain(site, relay, thread, events, partial(_tell, say, what)))
+            tell = partial(_tell, say, f"round {len(done) + 1} of {ROUNDS}")
+            _fill(site, events, payload_bytes, tell)
+            done.append(_drain(site, relay, thread, events, tell))
     return done
 
 
-def _tell(say: Say, what: str, published: int) -> None:
-    say(f"{what}: {published:,} events published ...")
+def _tell(say: Say, what: str, done: str, events: int) -> None:
+    say(f"{what}: {events:,} events {done} ...")
 
 
-def _fill(site: Site, events: int, payload_bytes: int) -> None:
+def _fill(site: Site, events: int, payload_bytes: int, tell: Tell) -> None:
     """Record a backlog, with nothing left of the one before it in the lanes."""
-    for key in site.lanes:
-        while site.redis.xtrim(
-            key, maxlen=0, approximate=True
-        ):  # by a few thousand: nobody waits long for it
-            pass
-    site.run(FILL, {"stream": site.stream, "events": events, "bytes": payload_bytes})
+    for lane in site.lanes:
+        while site.redis.xtrim(lane, maxlen=0, approximate=True):
+            pass  # a few thousand are dropped at once, so that nobody waits long for it
+    for first in range(1, events + 1, FILL_EVENTS):
+        tell("recorded", first - 1)
+        last = min(events, first + FILL_EVENTS - 1)
+        site.run(FILL, {"stream": site.stream, "first": first, "last": last, "bytes": payload_bytes})
     site.run("VACUUM (ANALYZE) {schema}.outbox")
 
 
-def _drain(
-    site: Site, relay: Relay, thread: ThreadPoolExecutor, events: int, tell: Callable[[int], None]
-) -> Round:
+def _drain(site: Site, relay: Relay, thread: ThreadPoolExecutor, events: int, tell: Tell) -> Round:
     """Have the relay drain the backlog, and look at both servers and at ourselves meanwhile."""
     published, batch = relay.published, _batch(site)
     before, moments = _used(site), Counter[str | None]()
@@ -293,7 +289,7 @@ def _drain(
         if job.done():
             break
         moments[moment] += 1
-        tell(relay.published - published)
+        tell("published", relay.published - published)
     python = time.process_time() - python - (time.thread_time() - own)
     seconds, after, done = job.result(), _used(site), relay.published - published
     if done != events:

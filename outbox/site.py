@@ -65,7 +65,7 @@ class Site(NamedTuple):
 
 @contextmanager
 def temporary_site(config: Settings, room: int, say: Callable[[str], None]) -> Iterator[Site]:
-    """Make an outbox, of which Redis will hold so many bytes at most, and remove it in the end; `say` what is done.
+    """Make an outbox, of which Redis will hold so many bytes at most, and remove it in the end; `say` what is made.
 
     Raises Unavailable or Unsuitable, for the block's errors of a driver, too, and OutboxError for a lack of rights.
     """
@@ -83,7 +83,6 @@ def temporary_site(config: Settings, room: int, say: Callable[[str], None]) -> I
                 yield site
             finally:
                 with _without_signals():
-                    say("removing the schema and the keys ...")
                     _remove(site)
 
 
@@ -119,7 +118,8 @@ def _named(url: str, application: str) -> str:
 def _connect(config: Settings) -> psycopg.Connection:
     arguments = connection_arguments(config.database_url, config.takeover_seconds)
     arguments["application_name"] = APPLICATION
-    return psycopg.connect(**arguments, autocommit=True)
+    # No prepared statements, because of transaction-pooling proxies.
+    return psycopg.connect(**arguments, autocommit=True, prepare_threshold=None)
 
 
 def _redis(settings: Settings) -> redis.Redis:
