@@ -183,8 +183,8 @@ def verdict(found: Findings) -> str:
     unknown = [WHO[name] for name in ("postgresql", "redis") if getattr(shares, name) is None]
     if (found.machine or 0) >= CROWDED:
         return (
-            f"The CPUs of this machine bound it: {_percent(found.machine)} of them were in use, whoever for. "
-            "The shares include the wait for a CPU; measure again while nothing else runs here."
+            f"This machine bounds it, or hides what does: {_percent(found.machine)} of its CPUs were in use, whoever "
+            "for, and the shares include the wait for one. Measure again while nothing else runs here."
         )
     if by == "between" and unknown:
         return (

@@ -73,7 +73,7 @@ SELECT CASE WHEN bool_or(active AND NOT flushes) THEN 'postgresql'
             WHEN bool_and(shown) THEN 'elsewhere' END
 FROM (SELECT state <> 'disabled' AS shown,
              state = 'active' AND wait_event_type IS DISTINCT FROM 'Client' AS active,
-             coalesce(wait_event ~* '^(wal|syncrep)', false) AS flushes
+             coalesce(wait_event ~* '^(wal.*(sync|write)|syncrep)', false) AS flushes
       FROM pg_stat_activity
       WHERE application_name = {name} AND datname = current_database()) AS relay
 """

@@ -18,7 +18,9 @@ from click.testing import CliRunner, Result
 from sqlalchemy import make_url
 
 from outbox import cli, measure
+from tests.faults.proxy import Proxy
 from tests.integration.box import Box
+from tests.pgbouncer import PGBOUNCER, pgbouncer
 from tests.roles import role_url
 
 Invoke = Callable[..., Result]
@@ -131,6 +133,31 @@ def test_a_redis_that_does_not_tell_its_cpu_leaves_that_share_unknown(
     assert "canary" not in result.output
 
 
+@pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
+def test_it_works_behind_a_transaction_pooling_proxy(bench: Invoke, box: Box, database_url: str) -> None:
+    with pgbouncer(database_url, connections=5) as behind:
+        result = bench("--json", OUTBOX_DATABASE_URL=behind)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["shares"]["postgresql"] is not None
+    assert left(box) == []
+
+
+def test_a_slow_network_is_seen(bench: Invoke, database_url: str, redis_url: str) -> None:
+    database, cache = make_url(database_url), make_url(redis_url)
+    assert database.port
+    assert cache.port
+    with Proxy(database.port) as to_database, Proxy(cache.port) as to_cache:
+        to_database.delay_seconds = to_cache.delay_seconds = 0.01
+        urls = (database.set(port=to_database.port), cache.set(port=to_cache.port))
+        behind = [url.render_as_string(hide_password=False) for url in urls]
+        result = bench("--json", OUTBOX_DATABASE_URL=behind[0], OUTBOX_REDIS_URL=behind[1])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["postgresql"]["round_trip_ms"] >= 20
+    assert found["redis"]["round_trip_ms"] >= 20
+    assert found["shares"]["between"] == max(share for share in found["shares"].values() if share is not None)
+
+
 # -- what it refuses, before it makes anything -----------------------------------------------------
 
 
@@ -202,6 +229,18 @@ def test_a_redis_that_evicts_or_is_full_is_refused_with_5(
     assert left(box) == []
 
 
+def test_without_a_database_the_variable_is_named(bench: Invoke) -> None:
+    result = bench(OUTBOX_DATABASE_URL="")
+    assert result.exit_code == 2
+    assert "OUTBOX_DATABASE_URL" in result.stderr
+
+
+def test_an_unreachable_database_ends_with_3(bench: Invoke) -> None:
+    result = bench(OUTBOX_DATABASE_URL="postgresql://u@127.0.0.1:1/d")
+    assert result.exit_code == 3
+    assert "Error: PostgreSQL" in result.stderr
+
+
 def test_an_unreachable_redis_ends_with_3(bench: Invoke, box: Box) -> None:
     result = bench(OUTBOX_REDIS_URL="redis://127.0.0.1:1")
     assert result.exit_code == 3
@@ -221,11 +260,15 @@ def test_it_leaves_nothing_and_touches_no_other_outbox(bench: Invoke, box: Box) 
     assert (box.waiting(), box.batch(), box.photograph()) == before
 
 
+@pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_leaves_nothing(start: Start, box: Box, number: signal.Signals) -> None:
+def test_a_signal_in_the_middle_leaves_nothing(
+    start: Start, box: Box, number: signal.Signals, times: int
+) -> None:
     process = start()
     eventually(lambda: publishes(box))
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, output) == (128 + number, "")
     assert "interrupted" in errors

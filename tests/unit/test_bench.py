@@ -40,7 +40,7 @@ def findings(
         (findings(at_work=10, redis=0.2, python=0.5), "python", ["Python bounds it", "50 %", "2,000 events/s"]),
         (findings(at_work=20, redis=0.1, python=0.1), "between",
          ["The way between them bounds it", "60 %", "PostgreSQL takes 2.00 ms", "Redis 1.00 ms"]),
-        (findings(at_work=90, machine=0.97), "machine", ["The CPUs of this machine bound it: 97 %"]),
+        (findings(at_work=90, machine=0.97), "machine", ["This machine bounds it, or hides what does: 97 %"]),
         (findings(at_work=20, redis=None), "between", ["cannot be told", "80 %", "Redis may not be asked"]),
     ],
     ids=["postgresql", "redis", "python", "between", "machine", "unknown"],
