@@ -46,7 +46,7 @@ Tell = Callable[[str, int], None]
 ROUNDS, ENOUGH_SECONDS = 5, 15.0  # no further round starts after so long
 WARM_UP_EVENTS, FILL_EVENTS = 1000, 20_000  # the latter in one transaction
 PROBES, PROBE_SECONDS = 200, 1.5
-SCRIPT_ENTRIES, SCRIPT_CALLS = 500, 20
+SCRIPT_ENTRIES, SCRIPT_BYTES, SCRIPT_CALLS = 500, 2**20, 20  # the first two are the most of one call
 SINGLE_COMMITS, PAUSE_SECONDS = 200, 0.02
 PATIENCE_SECONDS = 10
 ENTRY_BYTES = 400  # of Redis' memory, beside the payload
@@ -180,7 +180,8 @@ def measure(config: Settings, events: int, payload_bytes: int, say: Say) -> Find
 
     Raises Unavailable, Unsuitable, or OutboxError for a lack of rights. Nothing of it is left then, either.
     """
-    with temporary_site(config, events * (payload_bytes + ENTRY_BYTES), say) as site:
+    most = max(events, _script_entries(payload_bytes) * (SCRIPT_CALLS + 1))
+    with temporary_site(config, most * (payload_bytes + ENTRY_BYTES), say) as site:
         database, cache = _probe_database(site, say), _probe_redis(site, payload_bytes, say)
         rounds = _drain_backlogs(site, events, payload_bytes, say)
         found = Findings(database, cache, payload_bytes, rounds, _commit_singly(site, say))
@@ -217,14 +218,19 @@ def _probe_database(site: Site, say: Say) -> Server:
 
 def _probe_redis(site: Site, payload_bytes: int, say: Say) -> Server:
     info, add = _info(site), site.redis.register_script(ADD_ENTRIES)
-    arguments: list[Any] = [SCRIPT_ENTRIES, "x" * payload_bytes, str(uuid4())]
+    entries = _script_entries(payload_bytes)
+    arguments: list[Any] = [entries, "x" * payload_bytes, str(uuid4())]
     say("Redis: round trips ...")
     round_trip = _median_seconds(site.redis.ping)
     say("Redis: entries of a stream ...")
     call = _median_seconds(lambda: add([site.probe], arguments), SCRIPT_CALLS)
     site.redis.unlink(site.probe)
     facts = {"appendonly": "on" if info["aof_enabled"] else "off"} if "aof_enabled" in info else {}
-    return Server(server_version(info), round_trip, facts, {"entry": call / SCRIPT_ENTRIES})
+    return Server(server_version(info), round_trip, facts, {"entry": call / entries})
+
+
+def _script_entries(payload_bytes: int) -> int:
+    return max(1, min(SCRIPT_ENTRIES, SCRIPT_BYTES // payload_bytes))
 
 
 def _info(site: Site) -> dict[str, Any]:
@@ -350,7 +356,9 @@ def _share(before: tuple[float, float] | None, after: tuple[float, float] | None
 
 def _commit_singly(site: Site, say: Say) -> list[float]:
     """Commit one event after the other beside an idle relay; return how long each took to a reader, sorted."""
-    relay, taken, last = Relay(site.settings), [], _newest(site)
+    relay, taken = Relay(site.settings), []
+    lane = site.settings.lane_rule().lane(site.stream, 0)
+    last = site.redis.xinfo_stream(lane)["last-generated-id"]
     with _running(relay) as thread:
         relay.check()
         job = thread.submit(relay.run)
@@ -358,22 +366,17 @@ def _commit_singly(site: Site, say: Say) -> list[float]:
             say(f"single commits: {number} of {SINGLE_COMMITS}")
             site.run(SINGLE, (site.stream,))
             committed = time.perf_counter()
-            last = _next_entry(site, last, job)
+            last = _next_entry(site, lane, last, job)
             taken.append(time.perf_counter() - committed)
             time.sleep(PAUSE_SECONDS)
     return sorted(taken[1:])  # with the first, the relay has connected
 
 
-def _newest(site: Site) -> str:
-    newest: Any = site.redis.xinfo_stream(site.stream)
-    return str(newest["last-generated-id"].decode())
-
-
-def _next_entry(site: Site, last: str, job: Future[None]) -> str:
+def _next_entry(site: Site, lane: str, last: bytes, job: Future[None]) -> bytes:
     """Return the id of the next entry. Raises what has ended the relay, or OutboxError if nothing comes."""
-    found: Any = site.redis.xread({site.stream: last}, count=1, block=PATIENCE_SECONDS * 1000)
+    found: Any = site.redis.xread({lane: last}, count=1, block=PATIENCE_SECONDS * 1000)
     if found:
-        return str(found[0][1][0][0].decode())
+        return bytes(found[0][1][0][0])
     if job.done():
         job.result()
     raise OutboxError(f"an event that was committed was not published within {PATIENCE_SECONDS} s")

@@ -133,6 +133,13 @@ def test_a_redis_that_does_not_tell_its_cpu_leaves_that_share_unknown(
     assert "canary" not in result.output
 
 
+@pytest.mark.parametrize("rule", [{"OUTBOX_THRESHOLD": "200"}, {"OUTBOX_LANES": "off"}], ids=str)
+def test_it_follows_the_rule_of_the_lanes(bench: Invoke, box: Box, rule: dict[str, str]) -> None:
+    result = bench(**rule)
+    assert result.exit_code == 0, result.output
+    assert left(box) == []
+
+
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
 def test_it_works_behind_a_transaction_pooling_proxy(bench: Invoke, box: Box, database_url: str) -> None:
     with pgbouncer(database_url, connections=5) as behind:
@@ -167,6 +174,7 @@ def test_a_slow_network_is_seen(bench: Invoke, database_url: str, redis_url: str
         (["--events", "0"], "--events"),
         (["--events", "many"], "--events"),
         (["--bytes", "1000000"], "--bytes"),
+        (["--events", "1000000", "--bytes", "60000"], "--events times --bytes"),
         (["--batch-size", "0"], "--batch-size"),
         (["--schema", "x"], "--schema"),
         (["--redis-prefix", "a key"], "--redis-prefix"),

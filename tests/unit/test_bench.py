@@ -63,6 +63,9 @@ def test_what_postgresql_does_not_show_is_unknown_and_left_between() -> None:
 
 
 def test_a_share_that_is_not_known_is_a_dash_for_people_and_null_for_programs() -> None:
-    state = summary(findings(at_work=50, redis=None))
+    state = summary(findings(at_work=50, redis=None, machine=None))
     assert state["shares"]["redis"] is None
-    assert any(line.split()[-1] == "-" and line.startswith("Redis") for line in report(state).plain())
+    assert state["machine_cpu"] is None
+    lines = [*report(state).plain()]
+    assert any(line.split()[-1] == "-" and line.startswith("Redis") for line in lines)
+    assert not any("None" in line for line in lines)
