@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.live import Live
 
 from outbox import grants, letters, settings
+from outbox.bench import bench
 from outbox.command import (
     CONNECTION,
     DEBUG,
@@ -50,7 +51,17 @@ from outbox.errors import (
 from outbox.groups import DEAD
 from outbox.loop import Backoff, Stop, stop_on_signals
 from outbox.relay import Relay
-from outbox.report import Columns, Report, counted, printable, progress, shown, start_logging, to_json
+from outbox.report import (
+    Columns,
+    Report,
+    counted,
+    printable,
+    progress,
+    server_version,
+    shown,
+    start_logging,
+    to_json,
+)
 from outbox.settings import Settings, is_local, redact, safe_url
 from outbox.store import APPLICATION, database_in_clear
 from outbox.streams import Streams, memory_used, redis_in_clear
@@ -466,7 +477,7 @@ def _read_redis(
     pause = rule.pause(entries, config.lane_max_entries, used, config.redis_memory_percent / 100)
     for lane, facts in found.items():
         facts["waits"] = rule.waits(lane, pause)
-    return {"version": _version_of(info), "batch": batch, "memory_used": used, "error": None}, found
+    return {"version": server_version(info), "batch": batch, "memory_used": used, "error": None}, found
 
 
 def _read_lane(streams: Streams, lane: str) -> dict[str, Any]:
@@ -476,13 +487,6 @@ def _read_lane(streams: Streams, lane: str) -> dict[str, Any]:
         "dead_letters": lengths[lane + DEAD],
         "groups": streams.groups(lane),
     }
-
-
-def _version_of(info: dict[str, Any]) -> str | None:
-    """Return name and version of the server; None where INFO is not for us."""
-    name = info.get("server_name", "redis")
-    number = info.get(f"{name}_version", info.get("redis_version"))
-    return f"{name} {number}" if number else None
 
 
 def status_report(state: dict[str, Any]) -> Report:
@@ -547,6 +551,7 @@ def _age(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{hours} h" if hours < 48 else f"{hours // 24} d"
 
 
+cli.add_command(bench)
 cli.add_command(consume)
 cli.add_command(letters.dead)
 cli.add_command(letters.dlq)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
@@ -157,6 +157,13 @@ def _aligned(table: Columns) -> Iterator[str]:
 def shown(value: Any) -> str:
     """Return a cell of a table: a dash for nothing, times as RFC 3339."""
     return "-" if value is None else utc(value) if isinstance(value, datetime) else str(value)
+
+
+def server_version(info: Mapping[str, Any]) -> str | None:
+    """Return name and version of the Redis that says this of itself; None where INFO is not for us."""
+    name = info.get("server_name", "redis")
+    number = info.get(f"{name}_version", info.get("redis_version"))
+    return f"{name} {number}" if number else None
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
