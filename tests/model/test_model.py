@@ -15,13 +15,18 @@ from tests.model.world import Event, Rules, World
 
 FULL = os.environ.get("OUTBOX_TEST_MODEL") == "full"
 
-# Two of one key and priority, and one of another key that goes first; two of one key of which the later goes first.
+# Two of one key and priority, and one of another key that goes first; two of one key of which the later goes first;
+# two of one key that others go before, early and late, each in a batch of its own.
 ORDERED = (Event(0, "a", -1), Event(1, "a", -1), Event(2, "b", 1))
 CROSSED = (Event(0, "a", -1), Event(1, "a", 1), Event(2, "b", -1))
+OVERTAKEN = (Event(0, "b", 1), Event(1, "a", -1), Event(2, "a", -1), Event(3, "b", 1))
 
 
 def world(events=ORDERED, **faults: int) -> World:
-    return World(events, **({"crashes": 0, "losses": 0, "freezes": 0, "spoils": 0} | faults))
+    batch_size = 1 if events is OVERTAKEN else 2
+    return World(
+        events, **({"crashes": 0, "losses": 0, "freezes": 0, "spoils": 0} | faults), batch_size=batch_size
+    )
 
 
 def keeps_the_promise(start: World) -> None:
@@ -30,19 +35,28 @@ def keeps_the_promise(start: World) -> None:
     assert not found.broken, f"\n{found.broken}"
 
 
+def named(faults: dict[str, int]) -> str:
+    return " ".join(f"{number} {fault}" for fault, number in faults.items())
+
+
 @pytest.mark.parametrize("events", [ORDERED, CROSSED], ids=["ordered", "crossed"])
 @pytest.mark.parametrize(
     "faults",
     [
-        {"crashes": 2, "losses": 1, "freezes": 1},
+        {"crashes": 1, "losses": 1, "freezes": 1},
         {"losses": 1, "spoils": 1},
         {"freezes": 1, "spoils": 1},
         {"crashes": 1, "failovers": 1},
     ],
-    ids=lambda faults: " ".join(f"{number} {fault}" for fault, number in faults.items()),
+    ids=named,
 )
 def test_the_promise_is_kept(events, faults):
     keeps_the_promise(world(events, **faults))
+
+
+@pytest.mark.parametrize("faults", [{"crashes": 1, "losses": 1}, {"crashes": 1, "freezes": 1}], ids=named)
+def test_the_promise_is_kept_batch_by_batch(faults):
+    keeps_the_promise(world(OVERTAKEN, **faults))
 
 
 @pytest.mark.skipif(not FULL, reason="set OUTBOX_TEST_MODEL=full")
@@ -54,21 +68,28 @@ def test_the_promise_is_kept_whatever_comes_together(events, crashes):
 
 
 @pytest.mark.parametrize(
-    ("rule", "faults", "ending"),
+    ("rule", "events", "faults", "ending"),
     [
-        ("compare_and_set", {"crashes": 1}, "is in a stream twice"),
-        ("publish_first", {"spoils": 1}, "is lost"),
-        ("one_leader", {}, "comes after a later event of its key and priority"),
-        ("journal_outlives_loss", {"losses": 1}, "is lost"),
-        ("adopt_by_ids", {"crashes": 1}, "is lost"),
-        ("ask_again", {"crashes": 1, "losses": 1, "freezes": 1}, "is e1 e2 in Redis, and e1 in PostgreSQL"),
-        ("same_connection", {"losses": 1, "freezes": 1}, "is lost"),
-        ("remember_batches", {"failovers": 1}, "is in a stream twice"),
-        ("note_refusals", {"losses": 1, "spoils": 1}, "is lost"),
+        ("compare_and_set", ORDERED, {"crashes": 1}, "is in a stream twice"),
+        ("publish_first", ORDERED, {"spoils": 1}, "is lost"),
+        ("one_leader", ORDERED, {}, "comes after a later event of its key and priority"),
+        ("journal_outlives_loss", ORDERED, {"losses": 1}, "is lost"),
+        ("adopt_by_ids", ORDERED, {"crashes": 1}, "is lost"),
+        ("ask_again", ORDERED, {"losses": 1, "freezes": 1}, "is e1 e2 in Redis, and e1 in PostgreSQL"),
+        ("same_connection", ORDERED, {"losses": 1, "freezes": 1}, "is lost"),
+        ("remember_batches", ORDERED, {"failovers": 1}, "is in a stream twice"),
+        ("note_refusals", ORDERED, {"losses": 1, "spoils": 1}, "is lost"),
+        ("wait_for_rows", OVERTAKEN, {"freezes": 1}, "comes after a later event of its key and priority"),
+        ("wait_ahead", OVERTAKEN, {}, "comes after a later event of its key and priority"),
+        ("refused_ends_ahead", ORDERED, {"spoils": 1}, "has passed e1, which was refused"),
+        ("lead_again", OVERTAKEN, {"losses": 1}, "is lost"),
+        ("read_again", OVERTAKEN, {"losses": 1}, "is lost"),
+        ("recover_empty_handed", ORDERED, {"losses": 1}, "is lost"),
+        ("idle_timeout", ORDERED, {"freezes": 1}, "nobody ever comes to rest"),
     ],
 )
-def test_without_this_rule_the_promise_is_broken(rule, faults, ending):
-    start = world(**faults)
+def test_without_this_rule_the_promise_is_broken(rule, events, faults, ending):
+    start = world(events, **faults)
     found = search(start, Rules()._replace(**{rule: False}))
     print(f"without {rule}, after {found.states:,} states:\n{found.broken}")
     assert found.broken.endswith(ending)

@@ -1,5 +1,8 @@
 """A model of the protocol: two relays, a PostgreSQL and a Redis, as values that can be compared and hashed.
 
+A relay has two transactions: one that holds the leader's row, for the batch in hand, and one in which it claims ahead
+what comes next, while Redis works on that batch. The second one locks the leader's row when the first has committed.
+
 The servers are the small functions in here. What a relay decides is decided by the product: `outbox.protocol`. An
 action of the model is one statement of the step, and between any two actions anything else may happen:
 
@@ -18,7 +21,6 @@ from typing import Any, NamedTuple
 from outbox import protocol
 from outbox.protocol import Added, Adopt, Ahead, Answer, Behind, Bury, Refused, SendAgain
 
-BATCH_SIZE = 2
 MAX_ATTEMPTS = 2
 NOBODY = -1
 
@@ -47,6 +49,17 @@ class Rules(NamedTuple):
     same_connection: bool = True  # a step publishes on a connection that it had when it knew that it leads
     remember_batches: bool = True  # Redis knows what is in its last batches, not in the very last alone
     note_refusals: bool = True  # Redis remembers what it refused of a journal batch until it is a dead letter
+    wait_for_rows: bool = True  # a claim waits for rows that another transaction holds, and skips none
+    wait_ahead: bool = True  # so does one that is made ahead
+    refused_ends_ahead: bool = (
+        True  # of a batch of which something is put back, the next claim goes back, too
+    )
+    lead_again: bool = True  # who claimed ahead locks the leader's row
+    read_again: bool = True  # and reads the batch
+    recover_empty_handed: bool = True  # what was claimed ahead goes back before anything is recovered
+    idle_timeout: bool = (
+        True  # PostgreSQL ends a transaction that its relay leaves idle, as to wait in another
+    )
 
 
 AS_IT_IS = Rules()
@@ -68,6 +81,13 @@ class Redis(NamedTuple):
     refused: tuple[int, Map, tuple[int, ...]] | None = None  # of a journal batch: its number, refused, held
 
 
+class Sent(NamedTuple):
+    """A batch that Redis has been given, and what it answers when it is asked."""
+
+    events: tuple[Event, ...]
+    answer: Answer
+
+
 class Change(NamedTuple):
     """What a transaction has done and not committed."""
 
@@ -85,6 +105,9 @@ class Relay(NamedTuple):
     link: bool = False  # its connection to Redis lives
     expected: int = 0
     hand: Any = ()  # claimed events, an answer, a change
+    wants: tuple[Event, ...] = ()  # what a claim waits for
+    ahead: tuple[Event, ...] = ()  # what its second transaction has claimed, for as long as that one lives
+    unled: bool = False  # against the rule, its transaction has not locked the leader's row
 
     def rest(self) -> Relay:
         """Return the relay after its step; what it has in hand is gone, its connection is not."""
@@ -110,6 +133,8 @@ class World(NamedTuple):
     freezes: int = 1
     spoils: int = 1
     failovers: int = 0
+    claims_ahead: bool = True
+    batch_size: int = 2
     written: int = 0  # events that the service has committed
     bad: int = NOBODY  # the event that Redis refuses
     rows: tuple[tuple[int, int], ...] = ()  # the table outbox: id and attempts
@@ -120,6 +145,7 @@ class World(NamedTuple):
     past: tuple[Redis, ...] = ()  # what Redis would come back with if it crashed
     standby: tuple[Tables, ...] = ()  # what PostgreSQL would come back with if it failed over
     gone: tuple[int, ...] = ()  # events that PostgreSQL has lost with their transactions
+    orphans: tuple[int, ...] = ()  # rows that the second transaction of a relay that crashed still holds
     relays: tuple[Relay, Relay] = (Relay(), Relay())
 
 
@@ -160,7 +186,7 @@ def ask(redis: Redis, known: int, number: int, events: Sequence[Event], bad: int
     )
     note = (number, refused, tuple(held)) if again and refused and rules.note_refusals else None
     ids = (*redis.ids, (number, tuple(event.id for event in added)))
-    return Redis(lanes, number, ids, note), Added(refused, held)
+    return Redis(lanes, number, ids, note), Added(refused, tuple(held))
 
 
 def _asked(world: World, redis: Redis) -> World:
@@ -174,29 +200,49 @@ def _asked(world: World, redis: Redis) -> World:
 # -- PostgreSQL -----------------------------------------------------------------------------------------------
 
 
-def _due(world: World, me: int, rules: Rules, retry: bool) -> tuple[Event, ...]:
-    """Return what a claim takes: in order, and nothing behind a refused event of its key."""
+def _due(world: World, me: int, rules: Rules, retry: bool, own: Sequence[Event] = (),
+         skip: bool = False) -> tuple[Event, ...]:  # fmt: skip
+    """Return what a claim wants: in order, not its relay's own, and nothing behind a refused event of its key."""
     rows = [world.events[id]._replace(attempts=attempts) for id, attempts in world.rows]
     waiting = [row for row in rows if row.attempts]
-    locked = () if rules.one_leader else _locked(world, me)
+    passed = {event.id for event in own} | (_locked(world, me) if skip or not rules.one_leader else set())
     due = [
         row
         for row in rows
-        if row.id not in locked
+        if row.id not in passed
         and (retry or not row.attempts)
         and not any(other.key == row.key and other.id < row.id for other in waiting)
     ]
-    return tuple(sorted(due, key=lambda row: (-row.priority, row.id))[:BATCH_SIZE])
+    return tuple(sorted(due, key=lambda row: (-row.priority, row.id))[: world.batch_size])
 
 
 def _locked(world: World, me: int) -> set[int]:
-    """Return the rows that another relay's transaction has deleted, and not committed."""
+    """Return the rows that others' transactions have deleted, and not committed."""
     other = world.relays[1 - me]
-    if not other.tx:
-        return set()
-    if other.at == "publish":
-        return {event.id for event in other.hand}
-    return set(other.hand.deleted) if isinstance(other.hand, Change) else set()
+    locked = {*world.orphans} | {event.id for event in other.ahead}
+    if other.tx and isinstance(other.hand, Change):
+        locked |= {*other.hand.deleted}
+    elif other.tx and other.at in ("publish", "wait", "claim ahead", "wait ahead"):
+        locked |= {event.id for event in _in_hand(other)}
+    return locked
+
+
+def _in_hand(relay: Relay) -> tuple[Event, ...]:
+    return relay.hand.events if isinstance(relay.hand, Sent) else relay.hand
+
+
+def _taken(world: World, me: int, wants: Sequence[Event]) -> tuple[tuple[Event, ...], bool]:
+    """Return the rows that a claim gets, in the order of their place, before the first that it must wait for.
+
+    And whether it has them all: but for those that are gone since it has seen them.
+    """
+    locked, got = _locked(world, me), set()
+    for event in sorted(wants, key=lambda event: event.id):
+        if (event.id, event.attempts) in world.rows:
+            if event.id in locked:
+                return tuple(event for event in wants if event.id in got), False
+            got.add(event.id)
+    return tuple(event for event in wants if event.id in got), True
 
 
 def _committed(world: World, change: Change) -> World:
@@ -219,10 +265,11 @@ def _kept(world: World) -> World:
 
 
 def _failed_over(world: World, standby: Tables) -> World:
-    relays = tuple(relay._replace(tx=False) for relay in world.relays)
+    relays = tuple(_ended(relay, ahead=True)._replace(tx=False) for relay in world.relays)
     lost = (*range(standby.written, world.written),)
     back = world._replace(**standby._asdict() | {"written": world.written})
-    return back._replace(failovers=world.failovers - 1, standby=(), gone=lost, relays=relays)
+    return back._replace(failovers=world.failovers - 1, standby=(), gone=lost, relays=relays,
+                         orphans=())  # fmt: skip
 
 
 # -- a step of a relay, statement by statement ----------------------------------------------------------------
@@ -238,17 +285,24 @@ def _moves(world: World, me: int, rules: Rules) -> Moves:
         yield from STATEMENTS[relay.at](world, me, relay, rules)
 
 
+def _leads(relay: Relay) -> bool:
+    return relay.tx and not relay.unled
+
+
 def _with(world: World, me: int, relay: Relay) -> World:
     return world._replace(relays=(relay, world.relays[1]) if me == 0 else (world.relays[0], relay))
 
 
 def _begin(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
-    if not (rules.one_leader and world.relays[1 - me].tx):
+    if not (rules.one_leader and _leads(world.relays[1 - me])):
         yield "begins, and locks the leader's row", _with(world, me, relay._replace(at="look", tx=True))
 
 
 def _look(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     """Read the batch. Who has just connected to Redis asks it where it stands."""
+    if relay.ahead:
+        yield from _look_ahead(world, me, relay, rules)
+        return
     if relay.hand and relay.expected == world.batch:
         read = relay._replace(at="recover", link=True)
     else:
@@ -256,27 +310,67 @@ def _look(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     yield f"reads batch {world.batch}", _with(world, me, read)
 
 
+def _look_ahead(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Read the batch: what was claimed ahead can follow it, if nobody has led in between."""
+    text = f"reads batch {world.batch}"
+    if relay.expected != world.batch and rules.read_again:
+        yield f"{text}, and rolls back", _with(world, me, relay.rest())
+    elif relay.link:
+        yield text, _with(world, me, _on(relay))
+    else:
+        yield text, _with(world, me, relay._replace(at="ask", link=True))
+
+
+def _on(relay: Relay) -> Relay:
+    """Return the relay about to publish what it has claimed ahead."""
+    return relay._replace(at="publish", hand=relay.ahead, ahead=())
+
+
 def _ask(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     _, answer = ask(world.redis, relay.expected, relay.expected, (), rules=rules)
     said = f"at batch {world.redis.batch}" if isinstance(answer, Added) else _said(answer)
     text = f"asks Redis where it stands: {said}"
     at = "claim" if isinstance(answer, Added) else "recover"
+    if relay.ahead and at == "claim":
+        yield text, _with(world, me, _on(relay))
+        return
+    if relay.ahead and rules.recover_empty_handed:
+        yield f"{text}, and rolls back", _with(world, me, Relay(expected=relay.expected))
+        return
     yield text, _with(world, me, relay._replace(at=at, hand=() if at == "claim" else answer))
 
 
 def _claim(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
-    retries = (True, False) if any(attempts for _, attempts in world.rows) else (True,)
-    for retry in retries:
-        events = _due(world, me, rules, retry)
+    for retry in _retries(world):
+        events = _due(world, me, rules, retry, skip=not rules.wait_for_rows)
         if not events:
             yield "finds nothing due", _with(world, me, relay.rest())
-            continue
-        text = f"claims {_names(event.id for event in events)}"
-        claimed = relay._replace(at="publish", hand=events)
-        if not rules.publish_first:
-            ids = tuple(event.id for event in events)
-            claimed = claimed._replace(at="commit", hand=Change(((relay.expected + 1, ids),), ids))
-        yield text, _with(world, me, claimed)
+        else:
+            yield from _wait(world, me, relay._replace(wants=events), rules)
+
+
+def _retries(world: World) -> tuple[bool, ...]:
+    """Return whether the refused events may be due: at any time."""
+    return (True, False) if any(attempts for _, attempts in world.rows) else (True,)
+
+
+def _wait(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Take the rows that the claim wants, or wait for who holds them."""
+    got, whole = _taken(world, me, relay.wants)
+    if not whole:
+        waiting = relay._replace(at="wait", hand=got)
+        if waiting != relay:
+            text = f"claims {_names(event.id for event in relay.wants)}, gets {_names(event.id for event in got)}"
+            yield f"{text}, and waits", _with(world, me, waiting)
+        return
+    if not got:
+        yield "finds nothing due any more", _with(world, me, relay.rest())
+        return
+    claimed = relay._replace(at="publish", hand=got, wants=())
+    if not rules.publish_first:
+        ids = tuple(event.id for event in got)
+        claimed = claimed._replace(at="commit", hand=Change(((relay.expected + 1, ids),), ids))
+    yield f"claims {_names(event.id for event in got)}", _with(world, me, claimed)
 
 
 def _publish(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
@@ -284,11 +378,80 @@ def _publish(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     redis, answer = ask(world.redis, relay.expected, relay.expected + 1, fit, world.bad, rules=rules)
     _check_that_none_passes(world, redis)
     text = f"publishes batch {relay.expected + 1}, {_names(event.id for event in fit)}: {_said(answer)}"
-    after = relay._replace(at="roll back", hand=() if rules.ask_again else answer)
-    if isinstance(answer, Added) or not rules.publish_first:
-        hand = _settled(relay.expected, fit, answer) if rules.publish_first else ()
-        after = relay._replace(at="commit", hand=hand) if rules.publish_first else relay.rest()
-    yield text, _with(_asked(world, redis), me, after)
+    world = _asked(world, redis)
+    if not rules.publish_first:
+        yield text, _with(world, me, relay.rest())
+        return
+    sent = relay._replace(hand=Sent(relay.hand, answer))
+    yield text, _with(world, me, _read(sent, rules))
+    if world.claims_ahead and rules.one_leader and not relay.ahead:
+        yield f"{text}, as it will read", _with(world, me, sent._replace(at="claim ahead"))
+
+
+def _publish_or_claim_ahead(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    yield from _publish(world, me, relay, rules)
+    if world.claims_ahead and rules.one_leader and rules.publish_first and not relay.ahead:
+        yield from _claim_ahead(world, me, relay, rules)
+
+
+def _claim_ahead(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Claim what comes next, in a second transaction, while Redis works on the batch."""
+    for retry in _retries(world):
+        own = _in_hand(relay)
+        events = _due(world, me, rules, retry, own, skip=not (rules.wait_for_rows and rules.wait_ahead))
+        if events:
+            yield from _wait_ahead(world, me, relay._replace(wants=events), rules)
+        elif isinstance(relay.hand, Sent):
+            yield "finds nothing to claim ahead, and reads the answer", _with(world, me, _read(relay, rules))
+
+
+def _wait_ahead(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    got, whole = _taken(world, me, relay.wants)
+    if whole:
+        text = f"claims {_names(event.id for event in got)} ahead"
+        claimed = relay._replace(at="publish", wants=(), ahead=got)
+        yield text, _with(world, me, _read(claimed, rules))
+        return
+    waiting = relay._replace(at="wait ahead", ahead=got)
+    if waiting != relay:
+        text = f"claims {_names(event.id for event in relay.wants)} ahead"
+        yield f"{text}, gets {_names(event.id for event in got)}, and waits", _with(world, me, waiting)
+    if relay.tx and relay.at == "wait ahead" and rules.idle_timeout:
+        yield (
+            "has its first transaction ended by PostgreSQL: it is idle",
+            _with(world, me, relay._replace(tx=False)),
+        )
+
+
+def _read(relay: Relay, rules: Rules) -> Relay:
+    """Return the relay after it has read Redis's answer, if it has sent anything.
+
+    What it has claimed ahead goes back, unless the batch is in Redis as a whole.
+    """
+    if not isinstance(relay.hand, Sent):
+        return relay
+    events, answer = relay.hand
+    relay = relay._replace(wants=())
+    if not isinstance(answer, Added):
+        return relay._replace(at="roll back", hand=() if rules.ask_again else answer, ahead=())
+    change = _settled(relay.expected, list(events), answer)
+    whole = not answer.refused or not rules.refused_ends_ahead
+    return relay._replace(at="commit", hand=change, ahead=relay.ahead if whole else ())
+
+
+def _lead_on(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Lock the leader's row in the transaction that has claimed ahead."""
+    if not relay.ahead:
+        yield "finds that its transaction is gone", _with(world, me, relay.rest())
+    elif not rules.lead_again:
+        yield "goes on", _with(world, me, _on(relay)._replace(tx=True, unled=True))
+    elif _leads(world.relays[1 - me]):
+        yield "finds another leading, and rolls back", _with(world, me, relay.rest())
+    else:
+        yield (
+            "locks the leader's row with what it has claimed ahead",
+            _with(world, me, relay._replace(at="look", tx=True)),
+        )
 
 
 def _settled(expected: int, events: list[Event], answer: Added) -> Change:
@@ -342,13 +505,17 @@ def _adopt(world: World, me: int, relay: Relay, rules: Rules, batches: Any) -> M
         return  # waits for the other's locks
     here = marks & {id for id, _ in world.rows}
     journal = tuple((n, tuple(id for id in ids if id in here)) for n, ids in sorted(batches.items()))
-    hand = Change(batches=journal, deleted=tuple(sorted(here)))
+    claimed = {event.id for event in relay.ahead}
+    hand = Change(batches=journal, deleted=tuple(sorted(here | claimed)))
+    relay = relay._replace(ahead=())
     yield f"adopts {_names(sorted(here))}", _with(world, me, relay._replace(at="commit", hand=hand))
 
 
 def _send_again(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     known = relay.hand
     if known >= relay.expected:
+        if relay.ahead:
+            world = _committed(world, Change(deleted=tuple(event.id for event in relay.ahead)))
         yield "commits", _with(world, me, Relay())
         return
     found = next(((number, ids) for number, ids in world.journal if number > known), None)
@@ -370,8 +537,15 @@ def _commit(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     if relay.hand.batches and relay.expected != world.batch:
         yield "fails to commit: there is such a batch", _with(world, me, Relay())
         return
+    if relay.unled and _leads(world.relays[1 - me]):
+        yield "fails to commit: another has locked the leader's row", _with(world, me, relay.rest())
+        return
     world = _committed(world, relay.hand)
-    if rules.publish_first or relay.at != "commit":
+    if relay.ahead:
+        known = relay.expected + len(relay.hand.batches)
+        on = Relay(at="lead on", link=relay.link, expected=known, ahead=relay.ahead)
+        yield "commits", _with(world, me, on)
+    elif rules.publish_first or relay.at != "commit":
         yield "commits", _with(world, me, relay.rest())
     else:
         events = tuple(world.events[id] for id in relay.hand.deleted)
@@ -394,7 +568,11 @@ STATEMENTS = {
     "look": _look,
     "ask": _ask,
     "claim": _claim,
-    "publish": _publish,
+    "wait": _wait,
+    "publish": _publish_or_claim_ahead,
+    "claim ahead": _claim_ahead,
+    "wait ahead": _wait_ahead,
+    "lead on": _lead_on,
     "roll back": _roll_back,
     "recover": _recover,
     "send again": _send_again,
@@ -402,7 +580,7 @@ STATEMENTS = {
     "commit, then forget": _commit_then_forget,
     "forget": _forget,
 }
-IN_TRANSACTION = {"look", "claim", "recover", "commit", "commit, then forget"}
+IN_TRANSACTION = {"look", "claim", "wait", "recover", "commit", "commit, then forget"}
 ON_CONNECTION = {"ask", "publish", "send again", "forget"}
 
 
@@ -421,6 +599,9 @@ def steps(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
     if world.journal and world.journal[0][0] <= _safe(world, rules):
         text = f"batch {world.journal[0][0]} is purged from the journal"
         yield NOBODY, text, world._replace(journal=world.journal[1:])
+    if world.orphans:
+        text = "PostgreSQL ends the second transaction of the relay that crashed"
+        yield NOBODY, text, world._replace(orphans=())
     for me in (0, 1):
         for text, after in _moves(world, me, rules):
             yield me, text, after
@@ -453,11 +634,37 @@ def faults(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
         yield NOBODY, text, _failed_over(world, standby)
     for me, relay in enumerate(world.relays):
         if relay.at != "idle" and world.crashes:
-            yield me, "crashes", _with(world._replace(crashes=world.crashes - 1), me, Relay())
-        if relay.tx and world.freezes:
+            crashed = _with(world._replace(crashes=world.crashes - 1), me, Relay())
+            yield me, "crashes", crashed
+            if relay.ahead:
+                held = tuple(sorted({*world.orphans, *(event.id for event in relay.ahead)}))
+                yield me, "crashes, and its second transaction lives on", crashed._replace(orphans=held)
+        if world.freezes:
             frozen = world._replace(freezes=world.freezes - 1)
-            text = "freezes, until PostgreSQL has ended its transaction"
-            yield me, text, _with(frozen, me, relay._replace(tx=False))
+            for text, ended in _endings(relay):
+                yield me, f"freezes, until PostgreSQL has ended {text}", _with(frozen, me, ended)
+        elif relay.ahead and not relay.tx and relay.at != "lead on":
+            # whose first transaction PostgreSQL has ended
+            text = "is still frozen when PostgreSQL ends its second transaction, too"
+            yield me, text, _with(world, me, _ended(relay, ahead=True))
+
+
+def _endings(relay: Relay) -> Iterator[tuple[str, Relay]]:
+    """Yield which of a relay's transactions can have ended, and the relay then."""
+    one = relay.at in ("look", "ask")  # it has locked the leader's row in the transaction that claimed ahead
+    if relay.tx:
+        yield "its transaction", _ended(relay, ahead=one)._replace(tx=False)
+    if relay.ahead and not one:
+        yield "its second transaction", _ended(relay, ahead=True)
+        if relay.tx:
+            yield "both its transactions", _ended(relay, ahead=True)._replace(tx=False)
+
+
+def _ended(relay: Relay, *, ahead: bool) -> Relay:
+    """Return the relay, without what it has claimed `ahead` if that transaction has ended."""
+    if ahead and relay.at == "wait ahead":
+        relay = relay._replace(at="claim ahead" if isinstance(relay.hand, Sent) else "publish", wants=())
+    return relay._replace(ahead=()) if ahead else relay
 
 
 # -- the promise ----------------------------------------------------------------------------------------------
