@@ -8,6 +8,7 @@ action of the model is one statement of the step, and between any two actions an
 
     the service commits an event            a relay crashes, or is frozen until PostgreSQL has ended its transaction
     Redis refuses an event, and takes it    Redis persists what it has, or forgets what it has not persisted
+    somebody deletes a stream
     the journal is purged                   PostgreSQL fails over to a standby that lacks its last commits
 
 `Rules` are the protocol's; each can be broken, to see that the search finds what follows.
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from outbox import protocol
-from outbox.protocol import Added, Adopt, Ahead, Answer, Behind, Bury, Refused, SendAgain
+from outbox.protocol import Added, Adopt, Ahead, Answer, Behind, Bury, Fill, Gone, Refused, SendAgain
 
 MAX_ATTEMPTS = 2
 NOBODY = -1
@@ -57,6 +58,11 @@ class Rules(NamedTuple):
     lead_again: bool = True  # who claimed ahead locks the leader's row
     read_again: bool = True  # and reads the batch
     recover_empty_handed: bool = True  # what was claimed ahead goes back before anything is recovered
+    compare_lanes: bool = True  # Redis adds to no lane that has had more than it has
+    note_progress: bool = True  # and remembers how far a lane has been filled again
+    fill_from_start: bool = True  # which starts over when the lane is lost again meanwhile
+    fill_the_lost_only: bool = True  # and is not done to a lane that is whole
+    compare_progress: bool = True  # nor by who takes it for further than it is
     idle_timeout: bool = (
         True  # PostgreSQL ends a transaction that its relay leaves idle, as to wait in another
     )
@@ -75,10 +81,12 @@ class Map(dict[Any, Any]):
 class Redis(NamedTuple):
     """The streams and the state that the script keeps."""
 
-    lanes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # primary, backfill
+    lanes: tuple[tuple[int, ...], ...] = ((), ())  # primary, backfill
     batch: int = 0
     ids: tuple[tuple[int, tuple[int, ...]], ...] = ()  # what is in the batches
     refused: tuple[int, Map, tuple[int, ...]] | None = None  # of a journal batch: its number, refused, held
+    last: tuple[int, ...] = (0, 0)  # how many entries each lane has had
+    filled: tuple[int, ...] = (0, 0)  # of a lane that is filled again, the last journal batch that was added
 
 
 class Sent(NamedTuple):
@@ -86,6 +94,15 @@ class Sent(NamedTuple):
 
     events: tuple[Event, ...]
     answer: Answer
+
+
+class Filling(NamedTuple):
+    """Lanes that are filled again up to a batch, and how far that has come."""
+
+    lanes: tuple[int, ...]
+    stands: int
+    done: tuple[int, int] = (0, 0)  # journal batch, lane
+    after: tuple[int, ...] = (0, 0)  # of each lane, the last batch that was sent
 
 
 class Change(NamedTuple):
@@ -107,6 +124,7 @@ class Relay(NamedTuple):
     hand: Any = ()  # claimed events, an answer, a change
     wants: tuple[Event, ...] = ()  # what a claim waits for
     ahead: tuple[Event, ...] = ()  # what its second transaction has claimed, for as long as that one lives
+    doubt: tuple[int, ...] = ()  # lanes of which Redis is to be asked first
     unled: bool = False  # against the rule, its transaction has not locked the leader's row
 
     def rest(self) -> Relay:
@@ -133,6 +151,7 @@ class World(NamedTuple):
     freezes: int = 1
     spoils: int = 1
     failovers: int = 0
+    deletions: int = 0
     claims_ahead: bool = True
     batch_size: int = 2
     written: int = 0  # events that the service has committed
@@ -144,7 +163,7 @@ class World(NamedTuple):
     redis: Redis = Redis()
     past: tuple[Redis, ...] = ()  # what Redis would come back with if it crashed
     standby: tuple[Tables, ...] = ()  # what PostgreSQL would come back with if it failed over
-    gone: tuple[int, ...] = ()  # events that PostgreSQL has lost with their transactions
+    gone: tuple[int, ...] = ()  # events that nobody can know: their transactions, or lane and journal, are lost
     orphans: tuple[int, ...] = ()  # rows that the second transaction of a relay that crashed still holds
     relays: tuple[Relay, Relay] = (Relay(), Relay())
 
@@ -160,7 +179,7 @@ Moves = Iterator[tuple[str, World]]
 
 
 def ask(redis: Redis, known: int, number: int, events: Sequence[Event], bad: int = NOBODY, *,
-        again: bool = False, rules: Rules = AS_IT_IS) -> tuple[Redis, Answer]:  # fmt: skip
+        again: bool = False, about: Sequence[int] = (), rules: Rules = AS_IT_IS) -> tuple[Redis, Answer]:  # fmt: skip
     """Return what the script does with a batch, and what it answers."""
     if redis.refused:
         return redis, Refused(*redis.refused, note=b"")
@@ -171,6 +190,10 @@ def ask(redis: Redis, known: int, number: int, events: Sequence[Event], bad: int
         return redis, Ahead(redis.batch, kept)
     if rules.compare_and_set and redis.batch < known:
         return redis, Behind(redis.batch)
+    asked = {*about, *(_lane(event) for event in events)}
+    gone = tuple(lane for lane in sorted(asked) if _is_lost(redis, lane))
+    if gone and rules.compare_lanes:
+        return redis, Gone(gone)  # type: ignore[arg-type]
     refused, held, added, stopped = Map(), [], [], set()
     for place, event in enumerate(events):
         if event.key in stopped:
@@ -180,13 +203,59 @@ def ask(redis: Redis, known: int, number: int, events: Sequence[Event], bad: int
             stopped.add(event.key)
         else:
             added.append(event)
-    lanes = tuple(
-        (*lane, *(event.id for event in added if (event.priority < 0) == backfill))
-        for lane, backfill in zip(redis.lanes, (False, True), strict=True)
-    )
-    note = (number, refused, tuple(held)) if again and refused and rules.note_refusals else None
+    note = (number, refused, tuple(held)) if again and refused and rules.note_refusals else redis.refused
     ids = (*redis.ids, (number, tuple(event.id for event in added)))
-    return Redis(lanes, number, ids, note), Added(refused, tuple(held))
+    redis = redis._replace(batch=number, ids=ids, refused=note)
+    return _add(redis, added), Added(refused, tuple(held))
+
+
+def _lane(event: Event) -> int:
+    return int(event.priority < 0)
+
+
+def _went_back(redis: Redis, lane: int) -> bool:
+    return len(redis.lanes[lane]) < redis.last[lane]
+
+
+def _add(redis: Redis, events: Sequence[Event]) -> Redis:
+    for lane in {_lane(event) for event in events}:
+        entries = (*redis.lanes[lane], *(event.id for event in events if _lane(event) == lane))
+        redis = redis._replace(
+            lanes=_put(redis.lanes, lane, entries), last=_put(redis.last, lane, len(entries))
+        )
+    return redis
+
+
+def _put(values: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:place], value, *values[place + 1 :])
+
+
+def restore(redis: Redis, stands: int, lane: int, after: int, number: int, events: Sequence[Event], bad: int,
+            rules: Rules) -> tuple[Redis, Answer]:  # fmt: skip
+    """Return what the script does with a journal batch for a lane that was lost, and what it answers."""
+    done = redis.filled[lane]
+    if redis.refused:
+        return redis, Refused(*redis.refused, note=b"")
+    if redis.batch != stands:
+        return redis, Behind(redis.batch)
+    if done and _went_back(redis, lane) and rules.fill_from_start:
+        return redis._replace(filled=_put(redis.filled, lane, 0)), Gone((lane,))  # type: ignore[arg-type]
+    if not done and not _went_back(redis, lane) and rules.fill_the_lost_only:
+        return redis, Added({}, ())
+    if done < after and rules.compare_progress:
+        return redis, Gone((lane,))  # type: ignore[arg-type]
+    if not number:
+        last = redis.last if done else _put(redis.last, lane, 0)
+        return redis._replace(last=last, filled=_put(redis.filled, lane, 0)), Added({}, ())
+    if number <= done and rules.note_progress:
+        return redis, Added({}, ())
+    mine = [event for event in events if _lane(event) == lane]
+    refused = Map({place: "refused" for place, event in enumerate(events) if event in mine and event.id == bad})
+    added = [event for event in mine if event.id != bad]
+    last = redis.last if done or added else _put(redis.last, lane, 0)
+    note = (number, refused, ()) if refused and rules.note_refusals else redis.refused
+    redis = redis._replace(last=last, filled=_put(redis.filled, lane, number), refused=note)
+    return _add(redis, added), Added(refused, ())
 
 
 def _asked(world: World, redis: Redis) -> World:
@@ -306,7 +375,7 @@ def _look(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     if relay.hand and relay.expected == world.batch:
         read = relay._replace(at="recover", link=True)
     else:
-        read = Relay("claim" if relay.link else "ask", tx=True, link=True, expected=world.batch)
+        read = Relay("claim" if relay.link else "ask", tx=True, link=True, expected=world.batch, doubt=relay.doubt)
     yield f"reads batch {world.batch}", _with(world, me, read)
 
 
@@ -327,7 +396,8 @@ def _on(relay: Relay) -> Relay:
 
 
 def _ask(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
-    _, answer = ask(world.redis, relay.expected, relay.expected, (), rules=rules)
+    _, answer = ask(world.redis, relay.expected, relay.expected, (), about=relay.doubt, rules=rules)
+    relay = relay._replace(doubt=())
     said = f"at batch {world.redis.batch}" if isinstance(answer, Added) else _said(answer)
     text = f"asks Redis where it stands: {said}"
     at = "claim" if isinstance(answer, Added) else "recover"
@@ -433,7 +503,8 @@ def _read(relay: Relay, rules: Rules) -> Relay:
     events, answer = relay.hand
     relay = relay._replace(wants=())
     if not isinstance(answer, Added):
-        return relay._replace(at="roll back", hand=() if rules.ask_again else answer, ahead=())
+        doubt = tuple(answer.lanes) if isinstance(answer, Gone) else ()
+        return relay._replace(at="roll back", hand=() if rules.ask_again else answer, ahead=(), doubt=doubt)  # type: ignore[arg-type]
     change = _settled(relay.expected, list(events), answer)
     whole = not answer.refused or not rules.refused_ends_ahead
     return relay._replace(at="commit", hand=change, ahead=relay.ahead if whole else ())
@@ -477,7 +548,7 @@ def _check_that_none_passes(world: World, redis: Redis) -> None:
 
 def _roll_back(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     """Give up the lock; the next step asks Redis first. (The broken rule keeps the answer in hand.)"""
-    yield "rolls back", _with(world, me, Relay(expected=relay.expected, hand=relay.hand))
+    yield "rolls back", _with(world, me, relay.rest()._replace(link=False, expected=relay.expected, hand=relay.hand, doubt=relay.doubt))
 
 
 def _recover(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
@@ -487,6 +558,8 @@ def _recover(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
             yield from _adopt(world, me, relay, rules, batches)
         case SendAgain(known):
             yield "sends again", _with(world, me, relay._replace(at="send again", hand=known))
+        case Fill(lanes, stands):
+            yield "fills again", _with(world, me, relay._replace(at="fill", hand=Filling(tuple(lanes), stands)))  # type: ignore[arg-type]
         case Bury(batch, reasons):
             ids = dict(world.journal).get(batch, ())
             dead = tuple(ids[place] for place in reasons if ids)
@@ -523,6 +596,10 @@ def _send_again(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     events = [world.events[id] for id in found[1]] if found else []
     redis, answer = ask(world.redis, known, following.number, events, world.bad, again=True, rules=rules)
     text = f"sends batch {following.number} again, {_names(event.id for event in events)}: {_said(answer)}"
+    if isinstance(answer, Gone):
+        filling = Filling(tuple(answer.lanes), known)  # type: ignore[arg-type]
+        yield text, _with(world, me, relay._replace(at="fill", hand=filling))
+        return
     if not isinstance(answer, Added):  # as when Redis has forgotten more meanwhile: the step fails
         yield text, _with(_asked(world, redis), me, Relay())
         return
@@ -530,6 +607,35 @@ def _send_again(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     if answer.refused and not rules.note_refusals:
         dead = tuple(events[place].id for place in (*answer.refused, *answer.held))
         on = relay._replace(at="commit", hand=Change(dead=dead))
+    yield text, _with(_asked(world, redis), me, on)
+
+
+def _fill(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
+    """Give Redis what a journal batch holds of a lane; at the end, tell it that each lane is whole."""
+    lanes, stands, done, after = relay.hand
+    left = [
+        (number, lane, tuple(world.events[id] for id in ids))
+        for number, ids in world.journal
+        for lane in lanes
+        if number <= stands and (number, lane) > done and any(_lane(world.events[id]) == lane for id in ids)
+    ]
+    end = stands + 1
+    number, lane, events = (left or [(end, lane, ()) for lane in lanes if (end, lane) > done] or [(0, 0, ())])[0]
+    if not number:
+        yield "commits", _with(world, me, Relay())
+        return
+    redis, answer = restore(
+        world.redis, stands, lane, after[lane], number if events else 0, events, world.bad, rules
+    )
+    what = f"with {_names(event.id for event in events)} of batch {number}" if events else "for good"
+    text = f"fills {LANES[lane]} {what}: {_said(answer)}"
+    on = relay._replace(hand=relay.hand._replace(done=(number, lane), after=_put(after, lane, number)))
+    if not isinstance(answer, Added):
+        on = Relay()
+    elif answer.refused:
+        on = relay._replace(hand=relay.hand._replace(done=(end, max(lanes))))
+        if not rules.note_refusals:
+            on = relay._replace(at="commit", hand=Change(dead=tuple(events[place].id for place in answer.refused)))
     yield text, _with(_asked(world, redis), me, on)
 
 
@@ -576,12 +682,14 @@ STATEMENTS = {
     "roll back": _roll_back,
     "recover": _recover,
     "send again": _send_again,
+    "fill": _fill,
     "commit": _commit,
     "commit, then forget": _commit_then_forget,
     "forget": _forget,
 }
 IN_TRANSACTION = {"look", "claim", "wait", "recover", "commit", "commit, then forget"}
-ON_CONNECTION = {"ask", "publish", "send again", "forget"}
+ON_CONNECTION = {"ask", "publish", "send again", "fill", "forget"}
+LANES = ("primary", "backfill")
 
 
 # -- everything else that happens -----------------------------------------------------------------------------
@@ -612,6 +720,8 @@ def _safe(world: World, rules: Rules) -> int:
     if not rules.journal_outlives_loss:
         return world.batch
     states = (world.redis, *world.past)
+    if any(_is_lost(state, lane) for state in states for lane in (0, 1)):
+        return 0  # a lane is filled from all that there is
     noted = [state.refused[0] - 1 for state in states if state.refused]
     return min([world.batch, *(state.batch for state in states), *noted])
 
@@ -629,6 +739,10 @@ def faults(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
             relays = tuple(relay._replace(link=False) for relay in world.relays)
             forgotten = world._replace(redis=state, past=(), losses=world.losses - 1, relays=relays)
             yield NOBODY, text, forgotten
+    if world.deletions:
+        for lane, entries in enumerate(world.redis.lanes):
+            if entries:
+                yield NOBODY, f"{LANES[lane]} is deleted", _deleted(world, lane)
     for standby in {*world.standby}:
         text = f"PostgreSQL fails over, and is back at batch {standby.batch}"
         yield NOBODY, text, _failed_over(world, standby)
@@ -647,6 +761,14 @@ def faults(world: World, rules: Rules) -> Iterator[tuple[int, str, World]]:
             # whose first transaction PostgreSQL has ended
             text = "is still frozen when PostgreSQL ends its second transaction, too"
             yield me, text, _with(world, me, _ended(relay, ahead=True))
+
+
+def _deleted(world: World, lane: int) -> World:
+    """Return the world without what was in a lane. What the journal does not have of it, and will not, is gone."""
+    known = {id for _, ids in world.journal for id in ids} | {id for id, _ in world.rows}
+    gone = tuple(sorted({*world.gone} | {*world.redis.lanes[lane]} - known))
+    deleted = world.redis._replace(lanes=_put(world.redis.lanes, lane, ()))
+    return _asked(world, deleted)._replace(deletions=world.deletions - 1, gone=gone)
 
 
 def _endings(relay: Relay) -> Iterator[tuple[str, Relay]]:
@@ -682,7 +804,12 @@ def check(world: World) -> None:
             if any(other > id and events[other][1:3] == events[id][1:3] for other in lane[:place]):
                 raise Broken(f"{_name(id)} comes after a later event of its key and priority")
     noted = _noted(world)
-    journal = {id for number, ids in world.journal if number > redis.batch for id in ids}
+    journal = {
+        id
+        for number, ids in world.journal
+        for id in ids
+        if number > redis.batch or _is_lost(redis, _lane(events[id]))
+    }
     settled = {*seen, *world.dead, *world.gone}
     waiting = {id for id, _ in world.rows} | journal | noted
     for id in range(world.written):
@@ -700,6 +827,10 @@ def check(world: World) -> None:
             )
 
 
+def _is_lost(redis: Redis, lane: int) -> bool:
+    return bool(redis.filled[lane]) or _went_back(redis, lane)
+
+
 def _noted(world: World) -> set[int]:
     """Return the events that are to be dead letters."""
     if not world.redis.refused:
@@ -712,6 +843,8 @@ def _noted(world: World) -> set[int]:
 def is_settled(world: World) -> bool:
     """Return whether every event is in a stream or a dead letter, and nobody has anything in hand."""
     settled = {id for lane in world.redis.lanes for id in lane} | {*world.dead} | {*world.gone}
+    # That a lane is lost is found out with the next event for it.
+    settled |= {id for _, ids in world.journal for id in ids if _is_lost(world.redis, _lane(world.events[id]))}
     idle = all(relay.at == "idle" for relay in world.relays)
     return idle and not world.rows and len(settled) == len(world.events)
 
@@ -735,4 +868,6 @@ def _said(answer: Answer) -> str:
             return f"Redis stands ahead, at batch {batch}"
         case Behind(batch):
             return f"Redis stands behind, at batch {batch}"
+        case Gone(lanes):
+            return " and ".join(f"{LANES[lane]} is gone" for lane in lanes)  # type: ignore[call-overload]
     return "Redis has refusals to tell of first"
