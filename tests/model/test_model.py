@@ -15,18 +15,22 @@ from tests.model.world import Event, Rules, World
 
 FULL = os.environ.get("OUTBOX_TEST_MODEL") == "full"
 
-# Two of one key and priority, and one of another key that goes first; two of one key of which the later goes first;
-# two of one key that others go before, early and late, each in a batch of its own.
+# Two of one key and priority, and one of another key that goes first; two of one key of which the later goes first.
 ORDERED = (Event(0, "a", -1), Event(1, "a", -1), Event(2, "b", 1))
 CROSSED = (Event(0, "a", -1), Event(1, "a", 1), Event(2, "b", -1))
+
+# Each in a batch of its own: two of one key that others go before, early and late; three of one lane.
 OVERTAKEN = (Event(0, "b", 1), Event(1, "a", -1), Event(2, "a", -1), Event(3, "b", 1))
+ALIKE = (Event(0, "a", -1), Event(1, "a", -1), Event(2, "a", -1))
 
 
 def world(events=ORDERED, **faults: int) -> World:
-    batch_size = 1 if events is OVERTAKEN else 2
-    return World(
-        events, **({"crashes": 0, "losses": 0, "freezes": 0, "spoils": 0} | faults), batch_size=batch_size
-    )
+    none = {"crashes": 0, "losses": 0, "freezes": 0, "spoils": 0}
+    return World(events, **(none | faults), batch_size=1 if events in (OVERTAKEN, ALIKE) else 2)
+
+
+def late(start: World) -> World:
+    return start._replace(claims_late=True)
 
 
 def keeps_the_promise(start: World) -> None:
@@ -54,9 +58,23 @@ def test_the_promise_is_kept(events, faults):
     keeps_the_promise(world(events, **faults))
 
 
-@pytest.mark.parametrize("faults", [{"crashes": 1, "losses": 1}, {"crashes": 1, "freezes": 1}], ids=named)
-def test_the_promise_is_kept_batch_by_batch(faults):
-    keeps_the_promise(world(OVERTAKEN, **faults))
+@pytest.mark.parametrize(
+    ("events", "faults"),
+    [
+        (OVERTAKEN, {"crashes": 1, "losses": 1}),
+        (OVERTAKEN, {"crashes": 1, "freezes": 1}),
+        (ALIKE, {"deletions": 2, "freezes": 1}),
+        (ALIKE, {"deletions": 1, "losses": 1}),
+    ],
+    ids=[
+        "overtaken-1 crashes 1 losses",
+        "overtaken-1 crashes 1 freezes",
+        "alike-2 deletions 1 freezes",
+        "alike-1 deletions 1 losses",
+    ],
+)
+def test_the_promise_is_kept_batch_by_batch(events, faults):
+    keeps_the_promise(world(events, **faults))
 
 
 @pytest.mark.skipif(not FULL, reason="set OUTBOX_TEST_MODEL=full")
@@ -64,7 +82,15 @@ def test_the_promise_is_kept_batch_by_batch(faults):
 @pytest.mark.parametrize("events", [ORDERED, CROSSED], ids=["ordered", "crossed"])
 @pytest.mark.parametrize("crashes", [1, 2])
 def test_the_promise_is_kept_whatever_comes_together(events, crashes):
-    keeps_the_promise(world(events, crashes=crashes, losses=1, freezes=1, spoils=1))
+    keeps_the_promise(late(world(events, crashes=crashes, losses=1, freezes=1, spoils=1)))
+
+
+@pytest.mark.skipif(not FULL, reason="set OUTBOX_TEST_MODEL=full")
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("events", [OVERTAKEN, ALIKE], ids=["overtaken", "alike"])
+@pytest.mark.parametrize("faults", [{"failovers": 1}, {"spoils": 1}, {"crashes": 1}], ids=named)
+def test_the_promise_is_kept_whatever_is_deleted(events, faults):
+    keeps_the_promise(late(world(events, deletions=1, losses=1, freezes=1, **faults)))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +111,11 @@ def test_the_promise_is_kept_whatever_comes_together(events, crashes):
         ("lead_again", OVERTAKEN, {"losses": 1}, "is lost"),
         ("read_again", OVERTAKEN, {"losses": 1}, "is lost"),
         ("recover_empty_handed", ORDERED, {"losses": 1}, "is lost"),
+        ("compare_lanes", ORDERED, {"deletions": 1}, "is lost"),
+        ("note_progress", ALIKE, {"deletions": 1, "crashes": 1}, "is in a stream twice"),
+        ("fill_from_start", ALIKE, {"deletions": 2}, "is lost"),
+        ("fill_the_lost_only", ALIKE, {"deletions": 1, "freezes": 1}, "is in a stream twice"),
+        ("compare_progress", ALIKE, {"deletions": 2, "freezes": 1}, "is lost"),
         ("idle_timeout", ORDERED, {"freezes": 1}, "nobody ever comes to rest"),
     ],
 )
@@ -94,6 +125,12 @@ def test_without_this_rule_the_promise_is_broken(rule, events, faults, ending):
     print(f"without {rule}, after {found.states:,} states:\n{found.broken}")
     assert found.broken.endswith(ending)
     assert not search(start).broken
+
+
+@pytest.mark.parametrize("events", [ORDERED, OVERTAKEN], ids=["ordered", "overtaken"])
+@pytest.mark.parametrize("faults", [{"crashes": 1}, {"freezes": 1}], ids=named)
+def test_the_promise_is_kept_when_the_claim_ahead_is_late(events, faults):
+    keeps_the_promise(late(world(events, **faults)))
 
 
 def test_every_rule_has_its_mutant():

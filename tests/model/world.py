@@ -153,6 +153,7 @@ class World(NamedTuple):
     failovers: int = 0
     deletions: int = 0
     claims_ahead: bool = True
+    claims_late: bool = False  # and also when Redis is done with the batch, before it reads the answer
     batch_size: int = 2
     written: int = 0  # events that the service has committed
     bad: int = NOBODY  # the event that Redis refuses
@@ -163,7 +164,9 @@ class World(NamedTuple):
     redis: Redis = Redis()
     past: tuple[Redis, ...] = ()  # what Redis would come back with if it crashed
     standby: tuple[Tables, ...] = ()  # what PostgreSQL would come back with if it failed over
-    gone: tuple[int, ...] = ()  # events that nobody can know: their transactions, or lane and journal, are lost
+    gone: tuple[
+        int, ...
+    ] = ()  # events that nobody can know: their transactions, or lane and journal, are lost
     orphans: tuple[int, ...] = ()  # rows that the second transaction of a relay that crashed still holds
     relays: tuple[Relay, Relay] = (Relay(), Relay())
 
@@ -250,7 +253,9 @@ def restore(redis: Redis, stands: int, lane: int, after: int, number: int, event
     if number <= done and rules.note_progress:
         return redis, Added({}, ())
     mine = [event for event in events if _lane(event) == lane]
-    refused = Map({place: "refused" for place, event in enumerate(events) if event in mine and event.id == bad})
+    refused = Map(
+        {place: "refused" for place, event in enumerate(events) if event in mine and event.id == bad}
+    )
     added = [event for event in mine if event.id != bad]
     last = redis.last if done or added else _put(redis.last, lane, 0)
     note = (number, refused, ()) if refused and rules.note_refusals else redis.refused
@@ -375,7 +380,9 @@ def _look(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     if relay.hand and relay.expected == world.batch:
         read = relay._replace(at="recover", link=True)
     else:
-        read = Relay("claim" if relay.link else "ask", tx=True, link=True, expected=world.batch, doubt=relay.doubt)
+        read = Relay(
+            "claim" if relay.link else "ask", tx=True, link=True, expected=world.batch, doubt=relay.doubt
+        )
     yield f"reads batch {world.batch}", _with(world, me, read)
 
 
@@ -454,7 +461,7 @@ def _publish(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
         return
     sent = relay._replace(hand=Sent(relay.hand, answer))
     yield text, _with(world, me, _read(sent, rules))
-    if world.claims_ahead and rules.one_leader and not relay.ahead:
+    if world.claims_late and rules.one_leader and not relay.ahead:
         yield f"{text}, as it will read", _with(world, me, sent._replace(at="claim ahead"))
 
 
@@ -548,7 +555,14 @@ def _check_that_none_passes(world: World, redis: Redis) -> None:
 
 def _roll_back(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     """Give up the lock; the next step asks Redis first. (The broken rule keeps the answer in hand.)"""
-    yield "rolls back", _with(world, me, relay.rest()._replace(link=False, expected=relay.expected, hand=relay.hand, doubt=relay.doubt))
+    yield (
+        "rolls back",
+        _with(
+            world,
+            me,
+            relay.rest()._replace(link=False, expected=relay.expected, hand=relay.hand, doubt=relay.doubt),
+        ),
+    )
 
 
 def _recover(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
@@ -559,7 +573,10 @@ def _recover(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
         case SendAgain(known):
             yield "sends again", _with(world, me, relay._replace(at="send again", hand=known))
         case Fill(lanes, stands):
-            yield "fills again", _with(world, me, relay._replace(at="fill", hand=Filling(tuple(lanes), stands)))  # type: ignore[arg-type]
+            yield (
+                "fills again",
+                _with(world, me, relay._replace(at="fill", hand=Filling(tuple(lanes), stands))),
+            )  # type: ignore[arg-type]
         case Bury(batch, reasons):
             ids = dict(world.journal).get(batch, ())
             dead = tuple(ids[place] for place in reasons if ids)
@@ -620,7 +637,9 @@ def _fill(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
         if number <= stands and (number, lane) > done and any(_lane(world.events[id]) == lane for id in ids)
     ]
     end = stands + 1
-    number, lane, events = (left or [(end, lane, ()) for lane in lanes if (end, lane) > done] or [(0, 0, ())])[0]
+    number, lane, events = (
+        left or [(end, lane, ()) for lane in lanes if (end, lane) > done] or [(0, 0, ())]
+    )[0]
     if not number:
         yield "commits", _with(world, me, Relay())
         return
@@ -635,7 +654,9 @@ def _fill(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
     elif answer.refused:
         on = relay._replace(hand=relay.hand._replace(done=(end, max(lanes))))
         if not rules.note_refusals:
-            on = relay._replace(at="commit", hand=Change(dead=tuple(events[place].id for place in answer.refused)))
+            on = relay._replace(
+                at="commit", hand=Change(dead=tuple(events[place].id for place in answer.refused))
+            )
     yield text, _with(_asked(world, redis), me, on)
 
 
@@ -844,7 +865,9 @@ def is_settled(world: World) -> bool:
     """Return whether every event is in a stream or a dead letter, and nobody has anything in hand."""
     settled = {id for lane in world.redis.lanes for id in lane} | {*world.dead} | {*world.gone}
     # That a lane is lost is found out with the next event for it.
-    settled |= {id for _, ids in world.journal for id in ids if _is_lost(world.redis, _lane(world.events[id]))}
+    settled |= {
+        id for _, ids in world.journal for id in ids if _is_lost(world.redis, _lane(world.events[id]))
+    }
     idle = all(relay.at == "idle" for relay in world.relays)
     return idle and not world.rows and len(settled) == len(world.events)
 
