@@ -88,7 +88,7 @@ class Acceptor:
             if self._owner.get(mark, number) != number:
                 self._why = f"{mark} is published with batch {number}, and was with {self._owner[mark]}"
                 return None
-        return way._replace(redis=redis._replace(lanes=((), ())))
+        return way._replace(redis=redis._replace(lanes=((), ()), last=(0, 0)))
 
     def _differing(self, ways: Iterable[Way]) -> list[Way]:
         return [*{(way.redis.batch, way.redis.ids[-3:], *way[1:]): way for way in ways}.values()]
