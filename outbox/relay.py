@@ -423,6 +423,7 @@ class Relay:
             extra={"action": "streams_lost"},
         )
         number = damaged = 0
+        sent = dict.fromkeys(lanes, 0)
         while (found := self._store.journal_after(number)) and found[0] <= stands:
             number = found[0]
             batch = _read(*found)
@@ -431,12 +432,13 @@ class Relay:
                 continue
             for lane in {*lanes} & {*batch.lanes}:
                 # Redis remembers how far we have come.
-                answer = self._streams.restore(lead.outbox_id, stands, lane, number, batch)
+                answer = self._streams.restore(lead.outbox_id, stands, lane, sent[lane], number, batch)
+                sent[lane] = number
                 if not _whole(answer) or self.stop.is_set():
                     return
         for lane in lanes:
             last = EMPTY._replace(lanes=[lane])
-            if not _whole(self._streams.restore(lead.outbox_id, stands, lane, 0, last)):
+            if not _whole(self._streams.restore(lead.outbox_id, stands, lane, sent[lane], 0, last)):
                 return
         self._store.count_losses(streams=len(lanes), batches=damaged)
 

@@ -171,18 +171,24 @@ return answer
 ).replace("KEPT", str(KEPT))
 
 # Adds the events of one lane out of one journal batch to a lane that has been lost. KEYS: the state, then the
-# lanes of the body. ARGV: expected batch, lane, number of the journal batch (0 with the last call), body.
-# Answers OK, REFUSED, BEHIND when Redis stands elsewhere, or GONE when the lane has been lost again meanwhile: then
-# it is to be filled from the start.
+# lanes of the body. ARGV: expected batch, lane, the journal batch that this relay sent before it (0: none), number of
+# the journal batch (0 with the last call), body.
+# Answers OK, REFUSED, BEHIND when Redis stands elsewhere, or GONE when the lane has been lost again meanwhile, or was
+# filled by another relay: then it is to be looked at again. The batch number does not tell a zombie here, how far the
+# filling has come does.
 RESTORE = (
     HEAD
     + """
-local lane, number = ARGV[2], tonumber(ARGV[3])
+local lane, before, number = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 if batch ~= tonumber(ARGV[1]) then return {'BEHIND', batch} end
 local progress = 'restored:' .. lane
 local done = redis.call('HGET', KEYS[1], progress)
 if done and went_back(lane) then
     redis.call('HDEL', KEYS[1], progress)
+    return {'GONE', lane}
+elseif not done and not went_back(lane) then
+    return {'OK'}
+elseif (number_of(progress) or 0) < before then
     return {'GONE', lane}
 end
 if number == 0 then
@@ -192,7 +198,7 @@ if number == 0 then
 elseif number <= (number_of(progress) or 0) then
     return {'OK'}
 end
-local body = cmsgpack.unpack(ARGV[4])
+local body = cmsgpack.unpack(ARGV[5])
 local answer, newest_entry = {'OK'}, nil
 for i, event in ipairs(body[3]) do
     if KEYS[event[1]] == lane then
@@ -331,9 +337,14 @@ class Streams:
         """Clear the note of refused events: they are dead letters, and committed."""
         self._call(FORGET, outbox_id, EMPTY, note)
 
-    def restore(self, outbox_id: str, expected: int, lane: str, number: int, batch: Batch) -> Answer:
-        """Add what a journal batch holds of a lane that was lost; with number 0, the lane is whole again."""
-        return _answer(self._call(RESTORE, outbox_id, batch, expected, lane, number, batch.body))
+    def restore(
+        self, outbox_id: str, expected: int, lane: str, before: int, number: int, batch: Batch
+    ) -> Answer:
+        """Add what a journal batch holds of a lane that was lost; with number 0, the lane is whole again.
+
+        `before` is the batch that was sent before this one, 0 with the first.
+        """
+        return _answer(self._call(RESTORE, outbox_id, batch, expected, lane, before, number, batch.body))
 
     def check(self) -> None:
         """Make sure that this Redis keeps streams, as far as it tells. Raises Unsuitable with the reason."""

@@ -277,6 +277,35 @@ def test_a_crash_while_a_lane_is_filled_repeats_nothing(box, call):
     assert box.lane() == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_a_zombie_that_was_filling_a_lane_changes_nothing_when_it_wakes(box, last):
+    """The batch number stands still while a lane is filled: it does not tell who leads."""
+    relays = zombie, successor = [box.relay(batch_size=1) for _ in range(2)]
+    for name in "abc":
+        box.add(name)
+    zombie.drain()
+    box.redis.delete("s")
+    box.add("d")
+    frozen, calls = [], [relay._streams.restore for relay in relays]
+
+    def freeze(*call):
+        number = call[4]
+        if number == (0 if last else 3):
+            frozen.append(call)
+            raise Lost
+        return calls[0](*call)
+
+    zombie._streams.restore = freeze
+    with pytest.raises(Lost):
+        zombie.drain()
+    if last:
+        before(successor._streams, "restore", lambda: calls[0](*frozen[0]), times=99)
+    successor.drain()
+    calls[0](*frozen[0])
+    successor.drain()
+    assert box.lane() == ["a", "b", "c", "d"]
+
+
 def test_a_lane_that_is_gone_halts_the_relay_if_so_set(box):
     box.add("a")
     relay = box.relay(on_redis_reset="halt")
