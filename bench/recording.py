@@ -13,7 +13,8 @@ Three questions, each with its goal beside it:
     python bench/recording.py --only transactions --runs 3 --seconds 2        a quick look
 
 After each run every commit has its row, and every event is in the outbox or was published. A shared machine is
-noisy: trust the ratio of a pair of runs, and the more the narrower its spread.
+noisy: trust the ratio of a pair of runs, and the more the narrower its spread. CPU is shown of the writers, and of
+the whole PostgreSQL, which has the relay's part in it where there is a relay.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ TEXT = "0123456789abcdef" * 16  # so that a payload has some 300 bytes
 # What keeps the relay busy, below the writers' events in priority: those are published at once.
 BACKLOG = """
 INSERT INTO outbox (stream, type, key, priority, payload)
-SELECT %(stream)s, 'CustomerRegistered', 'customer-' || n %% 10007, -100, json_build_object('n', n, 'text', %(text)s::text)
+SELECT %(stream)s, 'CustomerRegistered', 'customer-' || n %% 10007, -100,
+       json_build_object('n', n, 'text', %(text)s::text)
 FROM generate_series(1, %(events)s) AS n
 """
 TRIGGER = "ALTER TABLE outbox {} TRIGGER outbox_wake"
@@ -172,10 +174,17 @@ class RecordingBench(Bench):
         self.database.execute("VACUUM (ANALYZE) outbox, outbox_relay, outbox_journal")
         self.database.execute("CHECKPOINT")
 
-    def run(self, who: str, write: str, writers: int, seconds: float) -> Run:
-        """Write, check. Raises Wrong when a row or an event is missing."""
+    def run(
+        self,
+        who: str,
+        write: str,
+        writers: int,
+        seconds: float,
+        beside: contextlib.AbstractContextManager[None] | None = None,
+    ) -> Run:
+        """Write, beside something else if there is anything, check. Raises Wrong when a row is missing."""
         arguments = [(self.servers, write, number, seconds) for number in range(writers)]
-        run = self._obeyed(who, writer, arguments)
+        run = self._obeyed(who, writer, arguments, beside or contextlib.nullcontext())
         rows = self._count("SELECT count(*) FROM customer")
         if rows != run.events + 20 * writers:
             raise Wrong(f"{rows} rows of {run.events} commits")
@@ -184,7 +193,7 @@ class RecordingBench(Bench):
     def bulk(self, transactions: int) -> Run:
         """Write transactions of many events, check."""
         self.fresh()
-        run = self._obeyed("bulk", bulk_writer, [(self.servers, transactions)])
+        run = self._obeyed("bulk", bulk_writer, [(self.servers, transactions)], contextlib.nullcontext())
         self.check_events(run.events + 3 * BULK)
         return run
 
@@ -202,17 +211,24 @@ class RecordingBench(Bench):
         assert row is not None
         return int(row[0])
 
-    def _obeyed(self, who: str, target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> Run:
+    def _obeyed(
+        self,
+        who: str,
+        target: Callable[..., None],
+        arguments: list[tuple[Any, ...]],
+        beside: contextlib.AbstractContextManager[None],
+    ) -> Run:
         """Let workers work at the same time; return their run, as if it were of one."""
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(started(target, *each)) for each in arguments]
             for process, pipe in workers:
                 receive(pipe, process)
-            meter = Meter(self.database, self.redis, "bench-service")
-            for _, pipe in workers:
-                pipe.send("go")
-            works: list[Work] = [receive(pipe, process) for process, pipe in workers]
-            run = meter.run(who, _sum(works))
+            with beside:
+                meter = Meter(self.database, self.redis, "bench-service")
+                for _, pipe in workers:
+                    pipe.send("go")
+                works: list[Work] = [receive(pipe, process) for process, pipe in workers]
+                run = meter.run(who, _sum(works))
             for _, pipe in workers:
                 pipe.send("bye")
         rate = sum(work.events / work.seconds for work in works)
@@ -258,10 +274,12 @@ def wake(bench: RecordingBench, backlog: int, writers: int, runs: int, seconds: 
     """Commit events beside a relay, with the wake-up's trigger and without it; show and return what came out."""
 
     def run(who: str) -> Run:
-        with _relay(bench, backlog, trigger=who == "with"):
-            run = bench.run(who, "event", writers, seconds)
-            if backlog and bench.count_waiting() == 0:
-                raise Wrong(f"a backlog of {backlog:,} was too small: the relay had nothing left to publish")
+        bench.fresh(backlog)
+        bench.database.execute(TRIGGER.format("ENABLE" if who == "with" else "DISABLE"))
+        try:
+            run = bench.run(who, "event", writers, seconds, beside=_relay(bench, backlog))
+        finally:
+            bench.database.execute(TRIGGER.format("ENABLE"))
         bench.check_events(run.events + 20 * writers)
         return run
 
@@ -272,17 +290,14 @@ def wake(bench: RecordingBench, backlog: int, writers: int, runs: int, seconds: 
 
 
 @contextlib.contextmanager
-def _relay(bench: RecordingBench, backlog: int, trigger: bool) -> Iterator[None]:
-    """Run the relay's daemon, with or without the trigger."""
-    bench.fresh(backlog)
-    bench.database.execute(TRIGGER.format("ENABLE" if trigger else "DISABLE"))
-    try:
-        with started(relay_daemon, bench.servers) as (process, pipe):
-            receive(pipe, process)
-            yield
-            pipe.send("stop")
-    finally:
-        bench.database.execute(TRIGGER.format("ENABLE"))
+def _relay(bench: RecordingBench, backlog: int) -> Iterator[None]:
+    """Run the relay's daemon. Raises Wrong when it has run out of a backlog in the end."""
+    with started(relay_daemon, bench.servers) as (process, pipe):
+        receive(pipe, process)
+        yield
+        if backlog and bench.count_waiting() == 0:
+            raise Wrong(f"a backlog of {backlog:,} was too small: the relay had nothing left to publish")
+        pipe.send("stop")
 
 
 def _writers(count: int) -> str:
@@ -353,7 +368,7 @@ def _options() -> argparse.Namespace:
         help="recorded on the object, or beside it",
     )
     add("--transactions", type=int, default=50, help=f"transactions of {BULK:,} events in a run")
-    add("--backlog", type=int, default=200_000, help="events that keep the relay busy")
+    add("--backlog", type=int, default=500_000, help="events that keep the relay busy")
     add_common_options(parser)
     return parser.parse_args()
 
