@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid4
@@ -149,7 +149,7 @@ def encode(
         priority=current_priority() if priority is None else check_priority(priority),
         available_at=_check_moment(available_at),
         payload=_to_json(payload, kind.type, kind.max_bytes, kind.max_depth),
-        headers=_encode_headers(headers or {}),
+        headers=_encode_headers(headers),
     )
 
 
@@ -182,6 +182,8 @@ def _kind_of(event: object, stream: str | None, type: str | None) -> EventType:
         kind = EventType(stream, type, None, MAX_BYTES, MAX_DEPTH)
     else:
         kind = kind_of(event.__class__)
+        if stream is None and type is None:  # checked when the class was marked
+            return kind
         kind = kind._replace(
             stream=kind.stream if stream is None else stream, type=kind.type if type is None else type
         )
@@ -377,8 +379,20 @@ def _check_moment(moment: datetime | None) -> datetime | None:
         raise InvalidEvent(f"available_at: {moment} is out of range in UTC") from None
 
 
-def _encode_headers(headers: Mapping[str, str]) -> str | None:
+def _encode_headers(headers: Mapping[str, str] | None) -> str | None:
     """Return the headers as JSON, with those that tell of the event's cause and of the current trace."""
+    carried = headers_of_cause() | current_trace()
+    if headers is not None:
+        carried |= _check_headers(headers)
+    if not carried:
+        return None
+    text = _encoder(carried)
+    if len(text.encode()) > MAX_BYTES:
+        raise InvalidEvent(f"headers: more than {MAX_BYTES} bytes")
+    return text
+
+
+def _check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(headers, Mapping):
         raise InvalidEvent(f"headers: a mapping of strings is needed, not {_shown(headers)}")
     found = list(islice(headers.items(), MAX_HEADERS + 1))
@@ -393,13 +407,7 @@ def _encode_headers(headers: Mapping[str, str]) -> str | None:
             raise InvalidEvent(f"headers.{name}: a string is needed, not {_shown(value)}")
         if fault := _text_fault(value):
             raise InvalidEvent(f"headers.{name}: {fault}")
-    carried = headers_of_cause() | current_trace() | dict(found)
-    if not carried:
-        return None
-    text = _encoder(carried)
-    if len(text.encode()) > MAX_BYTES:
-        raise InvalidEvent(f"headers: more than {MAX_BYTES} bytes")
-    return text
+    return dict(found)
 
 
 # -- the W3C trace context ---------------------------------------------------------------------------------
@@ -431,6 +439,7 @@ def tracing(headers: Mapping[str, str]) -> Iterator[None]:
         context.detach(token)
 
 
+@cache
 def _propagator() -> Any:
     module = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
     return module.TraceContextTextMapPropagator()

@@ -2,8 +2,8 @@
 
 What has been recorded waits in the session until its next flush, and is inserted by that flush after the
 business rows: the writers of one key take turns on those, so their events are numbered in turn. From then on
-PostgreSQL undoes and keeps it, savepoints included. Until then it is a pending object of the session that
-makes sure of the flush, before a savepoint, a commit, or a query.
+PostgreSQL undoes and keeps it, savepoints included. A session that would have nothing else to flush gets a
+pending object of ours, so that it flushes before a savepoint, a commit, or a query.
 
 An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
 become its own again with it, and are recorded when it is added or merged once more.
@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import (
-    DateTime,
+    JSON,
+    Connection,
     Integer,
-    SmallInteger,
     Text,
-    Uuid,
     bindparam,
     cast,
     column,
@@ -33,10 +33,9 @@ from sqlalchemy import (
     literal_column,
     select,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSON, insert
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session, registry
 from sqlalchemy.orm.interfaces import MapperProperty
-from sqlalchemy.types import TypeEngine
 
 from outbox.errors import InvalidEvent
 from outbox.event import Recorded, encode
@@ -46,6 +45,7 @@ S = TypeVar("S")
 
 INFO = "outbox"  # key in `session.info`
 OWN = "_outbox_own"  # key in an aggregate's __dict__
+PAGE = 1000  # events that one statement inserts
 
 
 def publish(
@@ -114,7 +114,6 @@ class _Recorder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._waiting: list[Recorded] = []  # since the last flush
-        self._dirt: _Dirt | None = None
         # Events of objects in this transaction, in order, and how many there were at each savepoint.
         self._owned: list[tuple[_Own, weakref.ref[Any]]] = []
         self._marks: dict[SessionTransaction, int] = {}
@@ -122,9 +121,8 @@ class _Recorder:
     def add(self, row: Recorded) -> None:
         """Have the row inserted with the next flush."""
         self._waiting.append(row)
-        if self._dirt is None or self._dirt not in self._session:
-            self._dirt = _Dirt()
-            self._session.add(self._dirt)
+        if self._session._is_clean():
+            self._session.add(_Dirt())
 
     def take(self, own: _Own, owner: Any) -> None:
         """Add an event of an object, unless a session has it already."""
@@ -134,16 +132,20 @@ class _Recorder:
             self.add(own.row)
 
     def mark(self, savepoint: SessionTransaction) -> None:
+        """Note where a savepoint begins. What still waits was recorded before it, and is inserted before it."""
+        if self._waiting and savepoint.parent:  # whose connection has not been told of the savepoint yet
+            self._insert(savepoint.parent.connection(None, clause=outbox))
         self._marks[savepoint] = len(self._owned)
 
     def insert(self) -> None:
-        """Insert what has been recorded, in order, with one statement."""
-        self._dirt = None
+        """Insert what has been recorded, in order."""
         if self._waiting:
-            rows, self._waiting = self._waiting, []
-            columns = zip(*rows, strict=True)
-            values = dict(zip(Recorded._fields, map(list, columns), strict=True))
-            self._session.connection(bind_arguments={"clause": outbox}).execute(INSERT, values)
+            self._insert(self._session.connection(bind_arguments={"clause": outbox}))
+
+    def _insert(self, connection: Connection) -> None:
+        rows, self._waiting = self._waiting, []
+        for start in range(0, len(rows), PAGE):
+            connection.execute(INSERT, {"events": _json(rows[start : start + PAGE])})
 
     def keep(self) -> None:
         """Note that the innermost savepoint, or the whole transaction, was committed."""
@@ -180,28 +182,32 @@ registry().map_imperatively(_Dirt, _nowhere, primary_key=[_nowhere.c.id])
 
 
 def _insert() -> Any:
-    """Build the statement that inserts any number of events, in order, from an array a column."""
-    types: dict[str, TypeEngine[Any]] = {
-        "event_id": Uuid(),
-        "priority": SmallInteger(),
-        "available_at": DateTime(timezone=True),
-    }
-    names = Recorded._fields
-    arrays: list[Any] = [bindparam(name, type_=ARRAY(types.get(name, Text()))) for name in names]
-    rows = (
-        func.unnest(*arrays)
-        .table_valued(*(column(name, types.get(name, Text())) for name in names), with_ordinality="n")
-        .render_derived()
-    )
-    values = [cast(rows.c[name], JSON) if name in ("payload", "headers") else rows.c[name] for name in names]
+    """Build the statement that inserts any number of events, in order, from a JSON array of objects.
+
+    One parameter costs less than one a column; what stands in a column of JSON is taken as it is written.
+    """
+    columns = [column(name, outbox.c[name].type) for name in Recorded._fields]
+    events = cast(bindparam("events", type_=Text()), JSON)
+    rows = func.json_to_recordset(events).table_valued(*columns).render_derived(with_types=True)
     return (
         insert(outbox)
-        .from_select(names, select(*values).order_by(rows.c.n))
+        .from_select(Recorded._fields, select(*rows.c))
         .on_conflict_do_nothing(index_elements=["event_id"])
     )
 
 
 INSERT = _insert()
+
+
+def _json(rows: Sequence[Recorded]) -> str:
+    """Return the rows as INSERT takes them."""
+    raw = msgspec.Raw
+    return msgspec.json.encode(
+        [
+            row._asdict() | {"payload": raw(row.payload), "headers": row.headers and raw(row.headers)}
+            for row in rows
+        ]
+    ).decode()
 
 
 def _sync_session(session: Any) -> Session:
@@ -225,7 +231,7 @@ def _recorder(session: Session) -> _Recorder:
 # -- the session's events; each is a look into a dict for sessions that record nothing ----------------------
 
 
-@event.listens_for(Session, "after_flush")
+@event.listens_for(Session, "after_flush_postexec")
 def _on_flush(session: Session, context: Any) -> None:
     if recorder := session.info.get(INFO):
         recorder.insert()

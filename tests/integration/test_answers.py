@@ -277,31 +277,36 @@ def test_a_crash_while_a_lane_is_filled_repeats_nothing(box, call):
     assert box.lane() == ["a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("last", [True, False])
-def test_a_zombie_that_was_filling_a_lane_changes_nothing_when_it_wakes(box, last):
+@pytest.mark.parametrize(("frozen_at", "again"), [(0, False), (0, True), (3, False)])
+def test_a_zombie_that_was_filling_a_lane_changes_nothing_when_it_wakes(box, frozen_at, again):
     """The batch number stands still while a lane is filled: it does not tell who leads."""
-    relays = zombie, successor = [box.relay(batch_size=1) for _ in range(2)]
+    zombie, successor = (box.relay(batch_size=1) for _ in range(2))
     for name in "abc":
         box.add(name)
     zombie.drain()
     box.redis.delete("s")
     box.add("d")
-    frozen, calls = [], [relay._streams.restore for relay in relays]
+    calls, restore, restore_next = [], zombie._streams.restore, successor._streams.restore
 
     def freeze(*call):
-        number = call[4]
-        if number == (0 if last else 3):
-            frozen.append(call)
+        if call[4] == frozen_at:
+            calls.append(call)
             raise Lost
-        return calls[0](*call)
+        return restore(*call)
+
+    def meet(*call):
+        if call[4] != 1:
+            restore(*calls[0])
+        return restore_next(*call)
 
     zombie._streams.restore = freeze
+    successor._streams.restore = meet
     with pytest.raises(Lost):
         zombie.drain()
-    if last:
-        before(successor._streams, "restore", lambda: calls[0](*frozen[0]), times=99)
+    if again:
+        box.redis.delete("s")
     successor.drain()
-    calls[0](*frozen[0])
+    restore(*calls[0])
     successor.drain()
     assert box.lane() == ["a", "b", "c", "d"]
 

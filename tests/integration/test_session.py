@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from typing import Any
@@ -153,6 +153,16 @@ def test_sessions_of_every_kind(engine, options):
 def test_what_is_published_stays_recorded_when_all_objects_are_expunged(engine, session):
     publish(session, Counted(1))
     session.expunge_all()
+    session.commit()
+    assert counted(engine) == [1]
+
+
+def test_what_waits_when_all_objects_are_expunged_stays_before_the_next_savepoint(engine, session):
+    publish(session, Counted(1))
+    session.expunge_all()
+    with pytest.raises(RuntimeError), session.begin_nested():
+        publish(session, Counted(2))
+        raise RuntimeError
     session.commit()
     assert counted(engine) == [1]
 
@@ -310,6 +320,16 @@ def test_events_recorded_in_the_services_own_flush_hooks(engine, session):
     assert counted(engine) == [1]
 
 
+def test_events_recorded_while_a_flush_is_at_work_land_with_it(engine, session):
+    event.listen(Customer, "after_insert", lambda *_: publish(session, Counted(1)), once=True)
+    event.listen(session, "after_flush", lambda *_: publish(session, Counted(2)), once=True)
+    session.add(Customer(id="c1"))
+    session.flush()
+    session.expunge_all()
+    session.commit()
+    assert counted(engine) == [1, 2]
+
+
 def test_mappings_of_every_kind(engine, session):
     class Own(MappedAsDataclass, DeclarativeBase):
         pass
@@ -399,6 +419,41 @@ def test_a_thousand_events_are_one_insert(engine, session, statements):
     session.commit()
     assert len([statement for statement in statements if "outbox" in statement]) == 1
     assert counted(engine) == list(range(1000))
+
+
+def test_any_number_of_events_keeps_its_order(engine, session):
+    for n in range(2500):
+        publish(session, Counted(n))
+    session.commit()
+    assert counted(engine) == list(range(2500))
+
+
+def test_an_event_beside_a_business_row_adds_one_statement_and_nothing_else(engine, session, statements):
+    session.add(Customer.register("c1"))
+    session.commit()
+    assert ["customer" in statements[0], "outbox" in statements[1]] == [True, True]
+    assert len(statements) == 2
+
+
+def test_every_column_comes_back_as_it_was_said(engine, session):
+    odd = '"quoted", {braced}, [back\\slashed], é\U0001f600, \x7f\t\n, null'
+    moment = datetime(2030, 1, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=5, minutes=30)))
+    publish(
+        session,
+        {"odd": odd},
+        type=odd,
+        stream="a/b:{c}",
+        key=odd,
+        priority=Priority.BULK,
+        headers={"odd": odd},
+        available_at=moment,
+    )
+    publish(session, {}, type="null", stream="s")
+    session.commit()
+    first, second = rows(engine)
+    assert (first.type, first.stream, first.key, first.priority) == (odd, "a/b:{c}", odd, -100)
+    assert (json.loads(first.data), first.headers, first.available_at) == ({"odd": odd}, {"odd": odd}, moment)
+    assert (second.type, second.key, second.available_at, second.headers) == ("null", None, None, None)
 
 
 def test_an_id_of_the_callers_own_that_waits_already_is_recorded_once(engine, session):
