@@ -1,6 +1,6 @@
-"""Run every fault against the product and against a naive relay, and show what became of the events.
+"""Run every fault against the product and against a naive relay or consumer, and show what became of the events.
 
-Exits with 1 if the product did anything wrong, or if the naive relay did not.
+Exits with 1 if the product did anything wrong, or if the naive one did not.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import click
 
 from outbox import testing
 from outbox.report import progress
-from tests.faults import failover, network, operations, relays, servers
+from tests.faults import consumers, failover, network, operations, relays, servers
 from tests.faults.scenario import Scenario
 from tests.faults.table import Line, progress_line, show, show_markdown
 from tests.faults.trial import Trial
 
 SCENARIOS = [
-    scenario for module in (relays, servers, network, failover, operations) for scenario in module.SCENARIOS
+    scenario
+    for module in (relays, servers, network, failover, operations, consumers)
+    for scenario in module.SCENARIOS
 ]
 CONTROL_TIMES = 50  # are enough to see a control fail
 
