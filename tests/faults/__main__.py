@@ -40,7 +40,7 @@ def main(
     chosen = [scenario for scenario in SCENARIOS if not only or scenario.name in only]
     if names:
         for scenario in chosen:
-            click.echo(f"{scenario.name:24} {scenario.what}")
+            click.echo(f"{scenario.name:26} {scenario.what}")
         return
     if not chosen:
         raise click.UsageError("no fault has such a name; --list shows them")
@@ -50,7 +50,7 @@ def main(
     lines: list[Line] = []
     for scenario in chosen:
         if scenario.missing:
-            say(f"{scenario.name:24} skipped: {scenario.missing}")
+            say(f"{scenario.name:26} skipped: {scenario.missing}")
             continue
         for line in both_sides(scenario, times or (scenario.long if long else scenario.short), seed):
             say(progress_line(line))
@@ -76,7 +76,7 @@ def try_side(scenario: Scenario, times: int, seed: int, naive: bool) -> Line:
 
     def so_far() -> str:
         done = trials[0].done if trials else 0
-        return f"{scenario.name:24} {'naive' if naive else 'outbox'} {done:,} of {times:,}{scenario.unit}"
+        return f"{scenario.name:26} {'naive' if naive else 'outbox'} {done:,} of {times:,}{scenario.unit}"
 
     with progress(so_far):
         outcome = scenario.try_it(times, seed, naive, trials.append)

@@ -15,13 +15,15 @@ FROZEN_AT = ("in the handler", "before the commit", "between commit and ack")
 
 
 def killed(trial: ConsumerTrial) -> None:
-    """Every other one comes back under a new name: others claim what it had in hand."""
+    """One or both; every other time they come back under new names, and what was in hand must be claimed."""
     with trial.consuming():
         for n in trial.rounds():
-            name = trial.chance.choice([*trial.consumers])
-            trial.end(name)
-            trial.start(f"new-{n}" if n % 2 else name, concurrency=1 + n % 3)
-            trial.is_relieved(name)
+            names = trial.chance.sample([*trial.consumers], trial.chance.randint(1, 2))
+            for name in names:
+                trial.end(name)
+            for place, name in enumerate(names):
+                trial.start(f"c{n}-{place}" if n % 2 else name, concurrency=1 + n % 3)
+            trial.is_relieved(*names)
 
 
 def killed_at_points(trial: ConsumerTrial) -> None:
@@ -71,7 +73,7 @@ def replies_lost(trial: ConsumerTrial) -> None:
     """`times` is how long it lasts in seconds."""
     with trial.consuming():
         trial.let_pass(100)
-        trial.to_broker.lose, trial.to_database.lose = 0.3, 0.03
+        trial.to_broker.lose, trial.to_database.lose = 0.3, 0.1
         trial.lasts(trial.times)
         trial.to_broker.lose = trial.to_database.lose = 0.0
         trial.is_relieved(*trial.consumers)
@@ -92,8 +94,8 @@ def tail_cut(trial: ConsumerTrial) -> None:
 SCENARIOS = (
     Scenario(
         name="consumer-killed",
-        what="kill -9 of a consumer of two",
-        inflict=killed, kind=ConsumerTrial, short=20, long=500, control="applied twice", control_times=50,
+        what="kill -9 of one or both of two consumers",
+        inflict=killed, kind=ConsumerTrial, short=10, long=500, control="applied twice", control_times=25,
     ),
     Scenario(
         name="consumer-killed-at-points",
@@ -113,7 +115,7 @@ SCENARIOS = (
     ),
     Scenario(
         name="consumer-replies-lost",
-        what="30 % of Redis' replies to consumers lost, and 3 % of PostgreSQL's",
+        what="30 % of Redis' replies to consumers lost, and 10 % of PostgreSQL's",
         inflict=replies_lost, kind=ConsumerTrial, short=10, long=60, unit=" s", control="applied twice",
         between="relays",
     ),

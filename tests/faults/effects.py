@@ -68,7 +68,7 @@ class ConsumerTrial(Trial):
 
     def progress(self) -> int:
         """Return how many entries the group has finished."""
-        return sum(group["entries-read"] - group["pending"] for group in self._groups())
+        return sum((group["entries-read"] or 0) - group["pending"] for group in self._groups())
 
     def unfinished(self) -> int:
         """Return how many entries the group has not finished, or not even read."""

@@ -71,7 +71,7 @@ def spread(seconds: Sequence[float]) -> str:
 def progress_line(line: Line) -> str:
     """Return what is said of a trial when it has ended."""
     name, times, side, committed, *_, recovery, verdict = line.cells(line.scenario.name)
-    return f"{name:24} {side:6} {times:>5} times, {committed:>7} committed, back in {recovery} s: {verdict}"
+    return f"{name:26} {side:6} {times:>5} times, {committed:>7} committed, back in {recovery} s: {verdict}"
 
 
 def show(lines: Sequence[Line], where: str) -> None:
