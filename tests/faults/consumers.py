@@ -27,17 +27,15 @@ def killed(trial: ConsumerTrial) -> None:
 
 
 def killed_at_points(trial: ConsumerTrial) -> None:
-    """It finds what the one before has left in hand, as the other one is away too; a point is reached by that alone."""
-    with trial.consuming():
+    """It finds what the one before has left in hand, as no other claims it; a point is reached by that alone."""
+    with trial.consuming(consumers=1):
         for n in trial.rounds():
             trial.wait_until_holding("c0", 5)
-            for name in ("c0", "c1"):
-                trial.end(name)
+            trial.end("c0")
             trial.start("c0", CONTROL_POINT if trial.control else [*POINTS][n % len(POINTS)]).wait_for_death()
             trial.end("c0")
-            for name in ("c0", "c1"):
-                trial.start(name)
-            trial.is_relieved("c0", "c1")
+            trial.start("c0")
+            trial.is_relieved("c0")
 
 
 def frozen(trial: ConsumerTrial) -> None:

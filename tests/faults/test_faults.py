@@ -42,10 +42,11 @@ own_servers = pytest.mark.skipif(
         ("redis-frozen", 2),
         ("redis-sentinels", 1),
         ("consumer-killed", 2),
-        ("consumer-killed-at-points", 2),
+        ("consumer-killed-at-points", 1),
         ("consumer-frozen", 1),
-        ("consumer-network-cut", 4),
-        ("consumer-redis-tail-cut", 2),
+        ("consumer-network-cut", 2),
+        ("consumer-replies-lost", 2),
+        ("consumer-redis-tail-cut", 1),
     ],
 )
 def test_a_fault_loses_repeats_and_reorders_nothing(name, times):
