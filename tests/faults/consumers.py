@@ -71,7 +71,7 @@ def replies_lost(trial: ConsumerTrial) -> None:
     """`times` is how long it lasts in seconds."""
     with trial.consuming():
         trial.let_pass(100)
-        trial.to_broker.lose, trial.to_database.lose = 0.3, 0.1
+        trial.to_broker.lose = trial.to_database.lose = 0.05
         trial.lasts(trial.times)
         trial.to_broker.lose = trial.to_database.lose = 0.0
         trial.is_relieved(*trial.consumers)
@@ -113,7 +113,7 @@ SCENARIOS = (
     ),
     Scenario(
         name="consumer-replies-lost",
-        what="30 % of Redis' replies to consumers lost, and 10 % of PostgreSQL's",
+        what="5 % of the replies to consumers lost",
         inflict=replies_lost, kind=ConsumerTrial, short=10, long=60, unit=" s", control="applied twice",
         between="relays",
     ),

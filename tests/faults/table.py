@@ -1,6 +1,8 @@
 """What a run of the faults shows: a line while it goes on, and a table in the end.
 
-Of consumers, what is lost and repeated are effects; nothing is promised of the order in which a group applies them.
+Of consumers, what is lost and repeated are effects, and nothing is promised of their order within a group; recovery is
+the time until all that was in hand is finished, or in the hands of others. Of all else, it is the time until the next
+entry is in a lane.
 """
 
 from __future__ import annotations
