@@ -31,6 +31,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import Consumer
 from outbox.groups import Groups
+from outbox.inbox import Inbox
 from tests.acceptance.harness import RelayProcess, wait_until
 
 LANES = ("s", "s:backfill")
@@ -38,6 +39,8 @@ CLAIM_IDLE = timedelta(seconds=2)
 
 # Where a consumer kills itself, when it comes there for the third time.
 POINTS = {
+    "after a read": (Groups, "next", "after"),
+    "after the note": (Inbox, "_execute", "after"),
     "in the handler": None,
     "before the commit": (Session, "commit", "before"),
     "between commit and ack": (Session, "commit", "after"),
@@ -202,15 +205,15 @@ def main() -> None:
     consumer.run()
 
 
-def die_at(point: str) -> Any:
-    """Have this process killed at a point; return what is to be called in the handler."""
+def die_at(point: str, by: str = "SIGKILL") -> Any:
+    """Have this process get a signal at a point; return what is to be called in the handler."""
     left = 3
 
     def passes() -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[by])
 
     if place := POINTS.get(point):
         owner, name, when = place

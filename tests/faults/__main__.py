@@ -1,6 +1,6 @@
-"""Run every fault against the product and against a naive relay, and show what became of the events.
+"""Run every fault against the product and against a naive relay or consumer, and show what became of the events.
 
-Exits with 1 if the product did anything wrong, or if the naive relay did not.
+Exits with 1 if the product did anything wrong, or if the naive one did not.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import click
 
 from outbox import testing
 from outbox.report import progress
-from tests.faults import failover, network, operations, relays, servers
+from tests.faults import consumers, failover, network, operations, relays, servers
 from tests.faults.scenario import Scenario
 from tests.faults.table import Line, progress_line, show, show_markdown
 from tests.faults.trial import Trial
 
 SCENARIOS = [
-    scenario for module in (relays, servers, network, failover, operations) for scenario in module.SCENARIOS
+    scenario
+    for module in (relays, servers, network, failover, operations, consumers)
+    for scenario in module.SCENARIOS
 ]
 CONTROL_TIMES = 50  # are enough to see a control fail
 
@@ -38,7 +40,7 @@ def main(
     chosen = [scenario for scenario in SCENARIOS if not only or scenario.name in only]
     if names:
         for scenario in chosen:
-            click.echo(f"{scenario.name:24} {scenario.what}")
+            click.echo(f"{scenario.name:26} {scenario.what}")
         return
     if not chosen:
         raise click.UsageError("no fault has such a name; --list shows them")
@@ -48,7 +50,7 @@ def main(
     lines: list[Line] = []
     for scenario in chosen:
         if scenario.missing:
-            say(f"{scenario.name:24} skipped: {scenario.missing}")
+            say(f"{scenario.name:26} skipped: {scenario.missing}")
             continue
         for line in both_sides(scenario, times or (scenario.long if long else scenario.short), seed):
             say(progress_line(line))
@@ -74,7 +76,7 @@ def try_side(scenario: Scenario, times: int, seed: int, naive: bool) -> Line:
 
     def so_far() -> str:
         done = trials[0].done if trials else 0
-        return f"{scenario.name:24} {'naive' if naive else 'outbox'} {done:,} of {times:,}{scenario.unit}"
+        return f"{scenario.name:26} {'naive' if naive else 'outbox'} {done:,} of {times:,}{scenario.unit}"
 
     with progress(so_far):
         outcome = scenario.try_it(times, seed, naive, trials.append)

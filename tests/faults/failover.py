@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
-from redis import Redis
+from redis import Redis, RedisError
 from sqlalchemy import make_url
 
 from outbox import testing
@@ -18,6 +21,15 @@ from tests.faults.scenario import Scenario
 from tests.faults.trial import Trial, at_port
 
 AT_ONCE = {"repl-diskless-sync-delay": "0"}
+MAIN = "main"  # the sentinels' name of the master
+SENTINEL = """
+port {port}
+bind 127.0.0.1
+dir {folder}
+sentinel monitor {name} 127.0.0.1 {master} 2
+sentinel down-after-milliseconds {name} 1000
+sentinel failover-timeout {name} 2000
+"""
 
 
 def redis_lags(trial: Trial) -> None:
@@ -27,7 +39,7 @@ def redis_lags(trial: Trial) -> None:
     with trial.under_load():
         for _ in trial.rounds():
             link.target = master.port
-            follow(replica, master, link)
+            follow(replica, master, link.port)
             link.withhold()
             trial.let_pass(trial.chance.randint(50, 400))
             trial.wait_for_publish()
@@ -43,13 +55,84 @@ def redis_lags(trial: Trial) -> None:
             master, replica = replica, master
 
 
-def follow(replica: testing.Server, master: testing.Server, link: Proxy) -> None:
-    """Make a Redis the replica of another, and wait until it has all that this one has."""
+def follow(replica: testing.Server, master: testing.Server, port: int) -> None:
+    """Make a Redis the replica of another, through this port, and wait until it has all that this one has."""
     with Redis.from_url(replica.url) as to, Redis.from_url(master.url) as of:
-        to.replicaof("127.0.0.1", str(link.port))
+        to.replicaof("127.0.0.1", str(port))
         wait_until(lambda: to.info("replication")["master_link_status"] == "up", "the replica")
         goal = of.info("replication")["master_repl_offset"]
         wait_until(lambda: to.info("replication")["slave_repl_offset"] >= goal, "the replica's offset")
+
+
+def sentinels_fail_over(trial: Trial) -> None:
+    """By force, while the old master goes on for a moment, and by kill -9 of the master; in turns."""
+    one, other = trial.broker, trial.enter(testing.redis(AT_ONCE))
+    follow(other, one, one.port)
+    sentinels = [trial.enter(sentinel(one.port)) for _ in range(3)]
+    trial.enter(followed(trial.to_broker, sentinels[0]))
+    with trial.under_load():
+        for n in trial.rounds():
+            master, replica = (one, other) if trial.to_broker.target == one.port else (other, one)
+            with Redis.from_url(sentinels[0].url) as client:
+                wait_until(lambda: is_ready(client), "a replica that the sentinels may promote")
+                trial.wait_for_publish()
+                if n % 2:
+                    master.kill()
+                else:
+                    client.sentinel_failover(MAIN)
+            wait_until(lambda: trial.to_broker.target == replica.port, "a failover")  # noqa: B023
+            trial.recovers()
+            if n % 2:
+                master.restart()
+                follow(master, replica, replica.port)
+
+
+def sentinel(port: int) -> testing.Server:
+    """Start a sentinel for the master on a port."""
+    binary = testing.find_redis()
+
+    def start(own_port: int) -> testing.Server:
+        folder = testing._folder("sentinel")
+        settings = folder / "sentinel.conf"  # which it writes to
+        settings.write_text(SENTINEL.format(port=own_port, folder=folder, name=MAIN, master=port))
+        server = testing._Redis(binary.source)
+        server.port, server.url = own_port, f"redis://127.0.0.1:{own_port}/0"
+        server._supervise([binary.path, str(settings), "--sentinel"], folder, testing._Account())
+        return server
+
+    return testing._on_free_port(start)
+
+
+def is_ready(client: Redis) -> bool:
+    """Return whether enough sentinels agree on the master, and on a replica that is well."""
+    with suppress(RedisError):
+        client.execute_command("SENTINEL", "CKQUORUM", MAIN)
+        master, replicas = client.sentinel_master(MAIN), client.sentinel_slaves(MAIN)
+        flags = [replica["flags"] for replica in replicas if replica["master-link-status"] == "ok"]
+        return master["flags"] == "master" and flags == ["slave"] and int(master["num-other-sentinels"]) == 2
+    return False
+
+
+@contextmanager
+def followed(proxy: Proxy, sentinel: testing.Server) -> Iterator[None]:
+    """Let a proxy lead to the master that a sentinel names, while the block runs."""
+    end = threading.Event()
+
+    def follow_it() -> None:
+        with Redis.from_url(sentinel.url) as client:
+            while not end.wait(0.05):
+                port = int(client.sentinel_get_master_addr_by_name(MAIN)[1])
+                if port != proxy.target:
+                    proxy.target = port
+                    proxy.cut()
+
+    thread = threading.Thread(target=follow_it)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def postgres_fails_over(trial: Trial) -> None:
@@ -128,6 +211,12 @@ SCENARIOS = (
         name="redis-failover",
         what="a Redis replica that lags is promoted",
         inflict=redis_lags, short=4, long=50, control="lost", between="everybody", redis=AT_ONCE,
+    ),
+    Scenario(
+        name="redis-sentinels",
+        what="sentinels promote a Redis replica: by force, and as the master is killed",
+        inflict=sentinels_fail_over, short=4, long=50, control="lost", between="everybody", redis=AT_ONCE,
+        within=30,
     ),
     Scenario(
         name="postgres-failover",

@@ -1,9 +1,10 @@
-"""A scenario: a fault, how often, and the measure in which a naive relay fails under it."""
+"""A scenario: a fault, how often, and the measure in which a naive relay or consumer fails under it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.acceptance.harness import PATIENCE_SECONDS
 from tests.faults.trial import Between, Outcome, Trial, open_trial
@@ -13,20 +14,22 @@ from tests.faults.trial import Between, Outcome, Trial, open_trial
 class Scenario:
     """A fault and how it is judged. `inflict` makes it happen, `short` or `long` times (or seconds: see `unit`).
 
-    The product must do nothing wrong, and publish again `within` so many seconds; the naive relay must do wrong what
-    `control` says. Where it cannot, `control` is empty and `why` says why. `forgets`: PostgreSQL itself loses commits,
-    whose events are in Redis all the same. `missing` says what this machine lacks.
+    The product must do nothing wrong, and go on `within` so many seconds; the naive relay, or consumer, must do wrong
+    what `control` says. Where it cannot, `control` is empty and `why` says why. `forgets`: PostgreSQL itself loses
+    commits, whose events are in Redis all the same. `kind` is the trial that it takes. `missing` says what this
+    machine lacks.
     `fails` says why the product is expected to fail. `control_times` is set where a short run is too short to hit a
     narrow gap of the control.
     """
 
     name: str
     what: str
-    inflict: Callable[[Trial], None]
+    inflict: Callable[[Any], None]
     short: int
     long: int
     control: str
     why: str = ""
+    kind: type[Trial] = Trial
     unit: str = ""
     within: float = PATIENCE_SECONDS
     postgres: dict[str, str] = field(default_factory=dict)
@@ -42,6 +45,7 @@ class Scenario:
     def try_it(self, times: int, seed: int, naive: bool, watch: Callable[[Trial], None] = id) -> Outcome:
         """Run it on servers of its own; `watch` is given the trial before it starts."""
         with open_trial(
+            self.kind,
             naive=naive,
             times=times,
             within=self.within,

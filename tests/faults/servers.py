@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from outbox import testing
 from tests.acceptance.harness import LANES, SERVICE
 from tests.faults.aof import cut_tail
 from tests.faults.scenario import Scenario
 from tests.faults.trial import Trial
 
 ON_DISK = {"appendonly": "yes", "appendfsync": "everysec", "auto-aof-rewrite-percentage": "0"}
+LONGEST_SECONDS = 8.0  # of a freeze: longer than a relay waits for a server, or another for its lock
 OF_RELAYS = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND application_name <> %s
@@ -61,6 +63,29 @@ def tail_torn(trial: Trial) -> None:
             trial.recovers()
             trial.broker.kill()
             trial.broker.restart()
+            trial.recovers()
+
+
+def postgres_frozen(trial: Trial) -> None:
+    """All its processes; every other time the relay is killed meanwhile, in the middle of what it has sent."""
+    freeze(trial, trial.database)
+
+
+def redis_frozen(trial: Trial) -> None:
+    """What was sent before it froze arrives when it thaws, though its relay has given up, or is dead."""
+    freeze(trial, trial.broker)
+
+
+def freeze(trial: Trial, server: testing.Server) -> None:
+    with trial.under_load():
+        for n in trial.rounds():
+            trial.wait_for_publish()
+            server.freeze()
+            trial.lasts(trial.chance.uniform(0.0, LONGEST_SECONDS))
+            if n % 2:
+                trial.replace(trial.relays[0])
+                trial.lasts(trial.chance.uniform(0.0, 1.0))
+            server.thaw()
             trial.recovers()
 
 
@@ -149,6 +174,16 @@ SCENARIOS = (
         name="redis-tail-torn",
         what="the same, cut inside a script, and a second restart",
         inflict=tail_torn, short=5, long=50, control="lost", redis=ON_DISK,
+    ),
+    Scenario(
+        name="postgres-frozen",
+        what="SIGSTOP of PostgreSQL, for up to 8 s, and kill -9 of the relay",
+        inflict=postgres_frozen, short=4, long=50, control="repeated", control_times=8,
+    ),
+    Scenario(
+        name="redis-frozen",
+        what="SIGSTOP of Redis, for up to 8 s, and kill -9 of the relay",
+        inflict=redis_frozen, short=4, long=50, control="repeated", control_times=8,
     ),
     Scenario(
         name="redis-emptied",

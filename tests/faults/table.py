@@ -1,4 +1,9 @@
-"""What a run of the faults shows: a line while it goes on, and a table in the end."""
+"""What a run of the faults shows: a line while it goes on, and a table in the end.
+
+Of consumers, what is lost and repeated are effects, and nothing is promised of their order within a group; recovery is
+the time until all that was in hand is finished, or in the hands of others. Of all else, it is the time until the next
+entry is in a lane.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from tests.faults.trial import Outcome
 HEADS = (
     "fault",
     "times",
-    "relay",
+    "side",
     "committed",
     "lost",
     "repeated",
@@ -40,7 +45,8 @@ class Line(NamedTuple):
             name,
             f"{self.outcome.times:,}{self.scenario.unit}",
             "naive" if self.naive else "outbox",
-            *(f"{count:,}" for count in (committed, lost, repeated, out_of_order)),
+            *(f"{count:,}" for count in (committed, lost, repeated)),
+            "-" if self.outcome.of_effects else f"{out_of_order:,}",
             "-" if passed_over is None else f"{passed_over:,}",
             spread(self.outcome.recoveries),
             self.verdict(),
@@ -66,8 +72,8 @@ def spread(seconds: Sequence[float]) -> str:
 
 def progress_line(line: Line) -> str:
     """Return what is said of a trial when it has ended."""
-    name, times, relay, committed, *_, recovery, verdict = line.cells(line.scenario.name)
-    return f"{name:24} {relay:6} {times:>5} times, {committed:>7} committed, back in {recovery} s: {verdict}"
+    name, times, side, committed, *_, recovery, verdict = line.cells(line.scenario.name)
+    return f"{name:26} {side:6} {times:>5} times, {committed:>7} committed, back in {recovery} s: {verdict}"
 
 
 def show(lines: Sequence[Line], where: str) -> None:
@@ -78,10 +84,10 @@ def show(lines: Sequence[Line], where: str) -> None:
 def show_markdown(lines: Sequence[Line], where: str) -> None:
     """Print the table to stdout as the README has it: one row a fault, with the control's failures at its end."""
     controls = {line.scenario.name: line for line in lines if line.naive}
-    heads = [head for head in HEADS if head not in ("relay", "verdict")]
+    heads = [head for head in HEADS if head not in ("side", "verdict")]
     print(f"{where}:\n")
     for row in (
-        [*heads, "the naive relay"],
+        [*heads, "the naive one"],
         ["---"] * (len(heads) + 1),
         *(_row(line, controls.get(line.scenario.name)) for line in lines if not line.naive),
     ):
@@ -90,7 +96,7 @@ def show_markdown(lines: Sequence[Line], where: str) -> None:
 
 def _row(line: Line, control: Line | None) -> list[str]:
     cells = dict(zip(HEADS, line.cells(line.scenario.what), strict=True))
-    del cells["relay"], cells["verdict"]
+    del cells["side"], cells["verdict"]
     if line.wrong:
         cells["fault"] += f" ({line.verdict()})"
     return [*cells.values(), _failures(control) if control else f"none: {line.scenario.why}"]

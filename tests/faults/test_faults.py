@@ -38,6 +38,15 @@ own_servers = pytest.mark.skipif(
         ("redis-failover", 2),
         ("replies-lost", 3),
         ("lane-deleted", 2),
+        ("postgres-frozen", 1),
+        ("redis-frozen", 2),
+        ("redis-sentinels", 1),
+        ("consumer-killed", 2),
+        ("consumer-killed-at-points", 1),
+        ("consumer-frozen", 1),
+        ("consumer-network-cut", 2),
+        ("consumer-replies-lost", 2),
+        ("consumer-redis-tail-cut", 1),
     ],
 )
 def test_a_fault_loses_repeats_and_reorders_nothing(name, times):
@@ -51,7 +60,16 @@ def test_a_fault_loses_repeats_and_reorders_nothing(name, times):
 @own_servers
 @pytest.mark.parametrize(
     ("name", "times"),
-    [("relay-killed-at-points", 2), ("redis-tail-cut", 4), ("redis-failover", 2), ("lane-deleted", 2)],
+    [
+        ("relay-killed-at-points", 2),
+        ("redis-tail-cut", 4),
+        ("redis-failover", 2),
+        ("lane-deleted", 2),
+        ("redis-frozen", 2),
+        ("redis-sentinels", 1),
+        ("consumer-killed-at-points", 1),
+        ("consumer-frozen", 1),
+    ],
 )
 def test_the_control_fails_under_it(name, times):
     scenario = BY_NAME[name]
@@ -61,6 +79,11 @@ def test_the_control_fails_under_it(name, times):
 def outcome(**wrong):
     findings = Findings(10, 10, 0, 0, 0, 0)._replace(**wrong)
     return Outcome(1, findings, passed_over=0, recoveries=[], stuck=0, complaints=[])
+
+
+def test_effects_have_names_of_their_own():
+    wrong = outcome(repeated=1, lost=2)._replace(of_effects=True).wrong()
+    assert wrong == {"effects lost": 2, "applied twice": 1}
 
 
 def line(name, naive, **wrong):

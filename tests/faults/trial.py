@@ -22,8 +22,12 @@ LOG_END = 1000  # characters
 Between = Literal["nobody", "relays", "everybody"]
 
 
+OF_ENTRIES = ("lost", "repeated", "phantom", "out of order")
+OF_EFFECTS = ("effects lost", "applied twice", "without event", "out of order")
+
+
 class Outcome(NamedTuple):
-    """What a trial has shown."""
+    """What a trial has shown: of the entries in the lanes, or of the effects that consumers had."""
 
     times: int
     findings: Findings
@@ -31,12 +35,12 @@ class Outcome(NamedTuple):
     recoveries: list[float]  # seconds
     stuck: int
     complaints: list[str]
+    of_effects: bool = False
 
     def wrong(self) -> dict[str, int]:
         """Return what should not have happened, and how often."""
-        counts = dict(
-            zip(("lost", "repeated", "phantom", "out of order"), self.findings.faults(), strict=True)
-        )
+        names = OF_EFFECTS if self.of_effects else OF_ENTRIES
+        counts = dict(zip(names, self.findings.faults(), strict=True))
         counts |= {"passed over": self.passed_over or 0, "stuck": self.stuck}
         counts |= dict.fromkeys(self.complaints, 1)
         return {name: count for name, count in counts.items() if count}
@@ -119,8 +123,12 @@ class Trial(Harness):
 
     def let_pass(self, entries: int) -> None:
         """Block until so many more entries are in the lanes; a relay that does not publish is replaced."""
-        goal = self.entries() + entries
-        self._wait_for(lambda: self.entries() >= goal, seconds=START_SECONDS)
+        goal = self.progress() + entries
+        self.wait_for(lambda: self.progress() >= goal, seconds=START_SECONDS)
+
+    def progress(self) -> int:
+        """Return the number that grows while nothing is wrong."""
+        return self.entries()
 
     def wait_for_publish(self) -> None:
         """Block until an entry has been added this very moment: its relay stands between it and its commit."""
@@ -140,20 +148,24 @@ class Trial(Harness):
             first[:] = [milliseconds for lane in LANES for milliseconds in self._entries_after(lane, since)]
             return bool(first)
 
-        if self._wait_for(published, self.within):
+        if self.wait_for(published, self.within):
             self.recoveries.append((min(first) - since) / 1000)
 
-    def _wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
+    def wait_for(self, condition: Callable[[], object], seconds: float) -> bool:
         """Block until the condition holds, and return True; what does not come true in time is stuck."""
         try:
             wait_until(lambda: answers(condition), seconds=seconds)
         except AssertionError:
             self.stuck += 1
-            for relay in list(self.relays):
-                print(f"stuck; the log of a relay ends with:\n{relay.log[-LOG_END:]}", file=sys.stderr)
-                self.replace(relay)
+            self.start_over()
             return False
         return True
+
+    def start_over(self) -> None:
+        """Replace all relays, and show what they have said."""
+        for relay in list(self.relays):
+            show_log(relay)
+            self.replace(relay)
 
     def _entries_after(self, lane: str, milliseconds: int) -> list[int]:
         found = self.redis.xrange(lane, min=str(milliseconds + 1), count=1)
@@ -188,6 +200,11 @@ def answers(condition: Callable[[], object]) -> object:
         return False
 
 
+def show_log(process: RelayProcess) -> None:
+    """Print how the log of a process that is stuck ends."""
+    print(f"stuck; its log ends with:\n{process.log[-LOG_END:]}", file=sys.stderr)
+
+
 def at_port(url: str, port: int) -> str:
     """Return a URL with another port."""
     if url.startswith("redis"):
@@ -197,6 +214,7 @@ def at_port(url: str, port: int) -> str:
 
 @contextmanager
 def open_trial(
+    kind: type[Trial] = Trial,
     *,
     naive: bool,
     times: int,
@@ -219,7 +237,7 @@ def open_trial(
             proxies = (Proxy(database.port, chance), Proxy(broker.port, chance))
             for proxy in proxies:
                 stack.enter_context(proxy)
-        trial = Trial(
+        trial = kind(
             database, broker, naive=naive, times=times, within=within, chance=chance,
             between=proxies, whom=between,
             resources=stack,
