@@ -24,6 +24,7 @@ SCENARIOS = [
     for scenario in module.SCENARIOS
 ]
 CONTROL_TIMES = 50  # are enough to see a control fail
+CONTROL_ATTEMPTS = 8  # as its gap may be narrow: the faster the machine, the more rarely it is hit
 
 
 @click.command()
@@ -68,7 +69,11 @@ def both_sides(scenario: Scenario, times: int, seed: int) -> Iterator[Line]:
     yield try_side(scenario, times, seed, naive=False)
     if scenario.control:
         few = scenario.control_times or (times if scenario.unit else min(times, CONTROL_TIMES))
-        yield try_side(scenario, few, seed, naive=True)
+        for attempt in range(CONTROL_ATTEMPTS):
+            line = try_side(scenario, few, seed + attempt, naive=True)
+            if not line.wrong:
+                break
+        yield line._replace(outcome=line.outcome._replace(times=few * (attempt + 1)))
 
 
 def try_side(scenario: Scenario, times: int, seed: int, naive: bool) -> Line:
