@@ -431,6 +431,34 @@ def _propagator() -> Any:
 # -- received ----------------------------------------------------------------------------------------------
 
 
+class Kind(NamedTuple):
+    """What the events of one lane, type and priority have in common, as their handlers get it."""
+
+    stream: str
+    lane: str
+    type: str
+    priority: int
+
+
+def kind_in(fields: Mapping[bytes, bytes], stream: str, lane: str) -> Kind:
+    """Return the kind of an entry's event. Raises InvalidEvent."""
+    type_ = _text_of(fields, b"type")
+    try:
+        priority = check_priority(int(fields.get(b"priority", 0)))
+    except ValueError as error:
+        raise InvalidEvent(f"priority: {error}") from error
+    return Kind(stream, lane, type_, priority)
+
+
+def _text_of(fields: Mapping[bytes, bytes], name: bytes) -> str:
+    try:
+        return fields[name].decode()
+    except KeyError:
+        raise InvalidEvent(f"{name.decode()}: it is missing") from None
+    except UnicodeDecodeError as error:
+        raise InvalidEvent(f"{name!a}: {error}") from error
+
+
 class Received:
     """An event as its handler gets it: an entry of a stream.
 
@@ -442,14 +470,9 @@ class Received:
 
     data: Any = None
 
-    def __init__(self, fields: Mapping[bytes, bytes], stream: str, lane: str, deliveries: int) -> None:
-        self._fields = fields
-        self.stream, self.lane, self.deliveries = stream, lane, deliveries
-        self.type = self._text(b"type")
-        try:
-            self.priority = check_priority(int(fields.get(b"priority", 0)))
-        except ValueError as error:
-            raise InvalidEvent(f"priority: {error}") from error
+    def __init__(self, fields: Mapping[bytes, bytes], kind: Kind, deliveries: int) -> None:
+        self._fields, self.deliveries = fields, deliveries
+        self.stream, self.lane, self.type, self.priority = kind
 
     def __repr__(self) -> str:
         return f"<Received {self.type} of {self.stream}, {self.data!r}>"
@@ -510,12 +533,7 @@ class Received:
         return b"traceparent" in self._fields
 
     def _text(self, name: bytes) -> str:
-        try:
-            return self._fields[name].decode()
-        except KeyError:
-            raise InvalidEvent(f"{name.decode()}: it is missing") from None
-        except UnicodeDecodeError as error:
-            raise InvalidEvent(f"{name!a}: {error}") from error
+        return _text_of(self._fields, name)
 
 
 def class_of(stream: str, type: str) -> builtins.type | None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import redis
@@ -132,13 +133,18 @@ class GroupMissing(RedisUnavailable):
     """Raised when a lane or its consumer group is gone: Redis was restarted empty, or somebody has deleted it."""
 
 
-class Entry(NamedTuple):
-    """An entry that was given to this consumer, for the `deliveries`-th time."""
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An entry that was given to this consumer, for the `deliveries`-th time; 0: it is to be delivered once more.
+
+    `since`: a time of the monotonic clock just before its delivery.
+    """
 
     lane: str
     id: str
     fields: dict[bytes, bytes]
     deliveries: int
+    since: float = 0.0
 
 
 class Found(NamedTuple):
