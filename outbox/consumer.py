@@ -79,6 +79,7 @@ log = logging.getLogger("outbox.consumer")
 PREFETCH = 100  # entries of a lane, at the most
 PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
+ACKED_AT_ONCE = 1000  # entries: with so many, an ack waits no longer
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
@@ -215,6 +216,7 @@ class _Core:
     async def _begin(self, groups: Groups) -> None:
         """Create the groups, and take up what was left pending under this name: primary before backfill."""
         await self._create(groups)
+        self._hand.line_up()
         for lane in groups.lanes:
             self._hand.adopt(lane, [id_ async for id_ in groups.pending(lane)])
         self._begun = True
@@ -530,7 +532,6 @@ class Worker:
                 if not isinstance(taken, Entry):
                     self._not_ours(entry, taken)
                     return 1
-                taken.since = started
                 entry = taken
             await self._core._handle(self, entry)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
@@ -566,7 +567,10 @@ class Worker:
         """Finish what was read already, for a while, and ack."""
         until = time.monotonic() + DRAIN_SECONDS
         try:
-            while time.monotonic() < until and (entry := self._hand.fresh()):
+            while time.monotonic() < until:
+                entry = self._hand.fresh() or self._hand.read(await self.groups.rest())
+                if entry is None:
+                    break
                 if self._hand.surely_ours(entry, time.monotonic()):
                     await self._core._handle(self, entry)
         finally:
@@ -587,19 +591,24 @@ class Worker:
             return waiting
         backfill = waiting is None and not hand.is_full(primary=False)
         count = max(1, min(self._most, int(PREFETCH_SECONDS / max(self._seconds, 1e-9))))
-        now = time.monotonic()
         try:
-            read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
+            if sum(map(len, self._done.values())) >= ACKED_AT_ONCE:
+                await self.flush()
+            read = await self.groups.more(count)
+            if len(read) >= PREFETCH:
+                await self.groups.ask(PREFETCH)  # Redis looks them up while these are handled
+            if not read:
+                read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
+                self._acked()
         except BaseException:
             if waiting:
                 hand.put_back(waiting)
             raise
-        self._acked()
         if not read:
             return waiting
         if waiting:
             hand.put_back(waiting)
-        return hand.read(read, now) or hand.primary() or await self._read()
+        return hand.read(read) or hand.primary() or await self._read()
 
     def _acked(self) -> None:
         for lane, ids in self._done.items():

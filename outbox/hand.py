@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from outbox.groups import Entry
 
@@ -31,18 +31,24 @@ class Hand:
         self._held: dict[str, dict[str, None]] = defaultdict(dict)
         self._fresh: deque[Entry] = deque()
         self._again: dict[bool, list[Waiting]] = {True: [], False: []}  # heaps, by: of a primary lane
-        self.renewed_at = 0.0  # by the monotonic clock
+        self._adopted_at = 0.0  # by the monotonic clock
+        self.renewed_at = 0.0
 
-    def read(self, entries: Iterable[Entry], since: float) -> Entry | None:
+    def read(self, entries: Sequence[Entry]) -> Entry | None:
         """Hold entries that were delivered for the first time: return the first, and keep the others for anybody.
 
-        One that is in hand already was taken up as pending by another worker, just after its delivery.
+        One that is in hand already was taken up as pending by another worker, just after its delivery. When it has
+        been on the way for long, or others have been taken up meanwhile, it may be somebody else's by now, or done:
+        it is delivered once more, which finds out.
         """
         with self._lock:
             new = [entry for entry in entries if entry.id not in self._held[entry.lane]]
+            late = max(self._adopted_at, time.monotonic() - self._sure_seconds)
             for entry in new:
-                entry.since = since
                 self._held[entry.lane][entry.id] = None
+                if entry.since <= late:
+                    self._push(0.0, next(_numbers), Entry(entry.lane, entry.id, {}, 0))
+            new = [entry for entry in new if entry.since > late]
             self._fresh.extend(new[1:])
             return new[0] if new else None
 
@@ -57,11 +63,18 @@ class Hand:
         except IndexError:
             return None
 
+    def line_up(self) -> None:
+        """Have what was read handled before what is adopted from now on: it is older."""
+        with self._lock:
+            while self._fresh:
+                self._push(0.0, next(_numbers), self._fresh.popleft())
+
     def adopt(self, lane: str, ids: Iterable[str]) -> None:
         """Hold pending entries that nobody in this process has in hand, to be delivered at once."""
         with self._lock:
             for id_ in ids:
                 if id_ not in self._held[lane]:
+                    self._adopted_at = time.monotonic()
                     self._held[lane][id_] = None
                     self._push(0.0, next(_numbers), Entry(lane, id_, {}, 0))
 
