@@ -102,10 +102,9 @@ class Handler(NamedTuple):
         return self.type in (None, kind.type) and self.stream in (None, kind.stream)
 
 
-Takers = list[
-    tuple[Callable[..., Any], Callable[[bytes], Any]]
-]  # handlers, and how each wants the data decoded
-Calls = list[tuple[Callable[..., Any], Any]]  # handlers, and the event's data as each wants it
+# The handlers of an event; with each, what decodes the data for it, and then the data.
+Takers = list[tuple[Callable[..., Any], Callable[[bytes], Any]]]
+Calls = list[tuple[Callable[..., Any], Any]]
 
 
 class _Core:
@@ -590,12 +589,13 @@ class Worker:
         if hand.is_full(primary=True):
             return waiting
         backfill = waiting is None and not hand.is_full(primary=False)
-        count = max(1, min(self._most, int(PREFETCH_SECONDS / max(self._seconds, 1e-9))))
+        worth = int(PREFETCH_SECONDS / max(self._seconds, 1e-9))
+        count = max(1, min(self._most, worth))
         try:
             if sum(map(len, self._done.values())) >= ACKED_AT_ONCE:
                 await self.flush()
             read = await self.groups.more(count)
-            if len(read) >= PREFETCH:
+            if len(read) >= PREFETCH and worth >= 2 * PREFETCH:
                 await self.groups.ask(PREFETCH)  # Redis looks them up while these are handled
             if not read:
                 read, self._newest = await self.groups.next(count, self._done, backfill=backfill)

@@ -246,7 +246,8 @@ class Groups(Connection):
         self._asked_at: float | None = None  # when `ask` has sent what `more` has not read the answer of
         self._place = {lane: place for place, lane in enumerate(self.lanes, 1)}
         super().__init__(url, SCRIPTS, asynchronous=asynchronous, timeout_seconds=timeout_seconds)
-        self._ahead = self._redis.connection_pool.make_connection()
+        pool = self._redis.connection_pool
+        self._ahead = pool.connection_class(**pool.connection_kwargs)  # connects when it is used
 
     async def close(self) -> None:
         """Drop both connections; the next call opens others."""
@@ -318,7 +319,8 @@ class Groups(Connection):
 
     async def wait(self, newest: Sequence[bytes], seconds: float) -> None:
         """Block until there is an entry in any lane after these, or for that long. Takes nothing."""
-        await settled(self._ahead.disconnect())  # an idle one might be found dead when it is needed again
+        if self._asked_at is None:
+            await settled(self._ahead.disconnect())  # an idle one might be found dead when it is needed again
         milliseconds = max(1, int(seconds * 1000))  # 0 would block for ever
         await self._run("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", *self.lanes, *newest)
 

@@ -16,9 +16,8 @@ MOST_WAITING = (
 )
 
 _numbers = itertools.count(1)
-Waiting = tuple[
-    float, int, str, str, Entry
-]  # until a time of the monotonic clock; then by number, lane and id
+# Until a time of the monotonic clock; those of one time in the order of number, lane and id.
+Waiting = tuple[float, int, str, str, Entry]
 
 
 class Hand:
