@@ -53,7 +53,6 @@ from outbox.event import (
     decoder,
     kind_in,
     kind_of,
-    tracing,
 )
 from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost
 from outbox.hand import Hand
@@ -69,7 +68,6 @@ from outbox.loop import (
     settled,
     stop_on_signals,
 )
-from outbox.priority import handling
 from outbox.settings import redact
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -84,7 +82,6 @@ WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
 
-UNTRACED = nullcontext()
 OUTCOMES = ("handled", "repeated", "skipped", "failed", "dead")
 
 _names = itertools.count(1)
@@ -322,22 +319,19 @@ class _Core:
 
     async def _apply(self, worker: Worker, event: Received, calls: Calls) -> str:
         """Run the handlers under the event's priority, trace and, with an inbox, transaction; return what was done."""
-        with (
-            handling(event.priority, event.caused),
-            tracing(event.headers) if event.is_traced() else UNTRACED,
-        ):
+        with event.scope():
             if self._inbox is None:
-                await self._call(worker, event, calls)
+                for function, event.data in calls:
+                    if (result := function(event)) is not None:
+                        await self._settle(worker, result)
                 return "handled"
-            is_new = await self._inbox.apply(
-                event.id, lambda session: self._call(worker, event, calls, session)
-            )
-            return "handled" if is_new else "repeated"
 
-    async def _call(self, worker: Worker, event: Received, calls: Calls, *session: Any) -> None:
-        for function, event.data in calls:
-            if (result := function(event, *session)) is not None:
-                await self._settle(worker, result)
+            async def effects(session: Any) -> None:
+                for function, event.data in calls:
+                    if (result := function(event, session)) is not None:
+                        await self._settle(worker, result)
+
+            return "handled" if await self._inbox.apply(event.id, effects) else "repeated"
 
     async def _fail(self, worker: Worker, entry: Entry, error: BaseException) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""

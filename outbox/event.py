@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -25,7 +25,7 @@ import msgspec
 
 from outbox.errors import InvalidEvent, first_line
 from outbox.lanes import STREAM_NAME
-from outbox.priority import check_priority, current_priority, headers_of_cause
+from outbox.priority import check_priority, current_priority, handling, headers_of_cause
 
 C = TypeVar("C", bound=type)
 
@@ -409,18 +409,19 @@ def current_trace() -> dict[str, str]:
 
 
 @contextmanager
-def tracing(headers: Mapping[str, str]) -> Iterator[None]:
-    """Make the span that the headers name the current one, where OpenTelemetry is installed."""
-    try:
-        context = importlib.import_module("opentelemetry.context")
-    except ImportError:
-        yield
-        return
-    token = context.attach(_propagator().extract(dict(headers)))
-    try:
-        yield
-    finally:
-        context.detach(token)
+def _traced(scope: AbstractContextManager[None], headers: Mapping[str, str]) -> Iterator[None]:
+    """Enter a scope, and make the span that the headers name the current one, where OpenTelemetry is installed."""
+    with scope:
+        try:
+            context = importlib.import_module("opentelemetry.context")
+        except ImportError:
+            yield
+            return
+        token = context.attach(_propagator().extract(dict(headers)))
+        try:
+            yield
+        finally:
+            context.detach(token)
 
 
 def _propagator() -> Any:
@@ -528,9 +529,10 @@ class Received:
         trace = {name: self.headers[name] for name in TRACE if name in self.headers}
         return {"correlationid": self.correlation_id, "causationid": str(self.id), **trace}
 
-    def is_traced(self) -> bool:
-        """Return whether the event carries a trace context."""
-        return b"traceparent" in self._fields
+    def scope(self) -> AbstractContextManager[None]:
+        """Return what its handlers run in: its priority, itself as the cause of what they record, and its trace."""
+        scope = handling(self.priority, self.caused)
+        return _traced(scope, self.headers) if b"traceparent" in self._fields else scope
 
     def _text(self, name: bytes) -> str:
         return _text_of(self._fields, name)
