@@ -44,9 +44,18 @@ from outbox.errors import (
     Unavailable,
     first_line,
 )
-from outbox.event import Received, check_stream, check_text, class_of, decoder, kind_of, tracing
+from outbox.event import (
+    Kind,
+    Received,
+    check_stream,
+    check_text,
+    class_of,
+    decoder,
+    kind_in,
+    kind_of,
+)
 from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost
-from outbox.hand import Again, Hand
+from outbox.hand import Hand
 from outbox.inbox import Inbox
 from outbox.lanes import STREAM_NAME, Lanes
 from outbox.loop import (
@@ -59,7 +68,6 @@ from outbox.loop import (
     settled,
     stop_on_signals,
 )
-from outbox.priority import handling
 from outbox.settings import redact
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -69,6 +77,7 @@ log = logging.getLogger("outbox.consumer")
 PREFETCH = 100  # entries of a lane, at the most
 PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
+ACKED_AT_ONCE = 1000  # entries: with so many, an ack waits no longer
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
@@ -86,11 +95,13 @@ class Handler(NamedTuple):
     type: str | None
     cls: Any
 
-    def takes(self, event: Received) -> bool:
-        return self.type in (None, event.type) and self.stream in (None, event.stream)
+    def takes(self, kind: Kind) -> bool:
+        return self.type in (None, kind.type) and self.stream in (None, kind.stream)
 
 
-Call = tuple[Callable[..., Any], Any]  # a handler, and the event's data as it wants it
+# The handlers of an event; with each, what decodes the data for it, and then the data.
+Takers = list[tuple[Callable[..., Any], Callable[[bytes], Any]]]
+Calls = list[tuple[Callable[..., Any], Any]]
 
 
 class _Core:
@@ -139,7 +150,7 @@ class _Core:
         self._idle_seconds = claim_idle.total_seconds()
         self._inbox_retention = inbox_retention
         self._handlers: list[Handler] = []
-        self._by_kind: dict[tuple[str, str], list[tuple[Callable[..., Any], Callable[[bytes], Any]]]] = {}
+        self._kinds: dict[tuple[str, bytes | None, bytes | None], tuple[Kind, Takers]] = {}
         self._hand = Hand(self._idle_seconds, lambda lane: lane in self._primary)
         self._keep_again = Every(self._idle_seconds / 3)
         self._purge_again = Every(60)
@@ -180,7 +191,7 @@ class _Core:
         def register(handler: H) -> H:
             self._check_handler(handler)
             self._handlers.append(Handler(handler, stream, type_, cls))
-            self._by_kind.clear()
+            self._kinds.clear()
             return handler
 
         return register
@@ -201,6 +212,7 @@ class _Core:
     async def _begin(self, groups: Groups) -> None:
         """Create the groups, and take up what was left pending under this name: primary before backfill."""
         await self._create(groups)
+        self._hand.line_up()
         for lane in groups.lanes:
             self._hand.adopt(lane, [id_ async for id_ in groups.pending(lane)])
         self._begun = True
@@ -257,15 +269,14 @@ class _Core:
             worker.finished(entry, "skipped")  # replayed, for another group
             return
         try:
-            event = self._read(entry)
-            calls = self._calls(event)
+            event, calls = self._read(entry)
             done = await self._apply(worker, event, calls) if calls else "skipped"
         except Unavailable:
             raise
         except AlreadyInHand as error:
             wait = backoff_seconds(1, *self._backoff)
             log.warning("%s; again in %.1f s", error, wait, extra={"action": "event_in_hand"})
-            self._hand.put_back(Again(time.monotonic() + wait, 0, entry.lane, entry.id, entry))
+            self._hand.put_back(entry, time.monotonic() + wait)
         except (Reject, InvalidEvent) as error:
             await self._give_up(worker, entry, str(error))
         except (Exception, asyncio.CancelledError) as error:
@@ -275,46 +286,52 @@ class _Core:
         else:
             worker.finished(entry, done)
 
-    def _read(self, entry: Entry) -> Received:
-        """Return the event of an entry. Raises Reject or InvalidEvent for what should not be handled."""
+    def _read(self, entry: Entry) -> tuple[Received, Calls]:
+        """Return the event of an entry, and its handlers, each with the data as it wants it.
+
+        Raises Reject or InvalidEvent for what should not be handled.
+        """
         if entry.deliveries > self._max_deliveries:
             raise Reject("its handler has never come to an end: the process died, or was replaced")
+        fields = entry.fields
+        written = (entry.lane, fields.get(b"type"), fields.get(b"priority"))
+        if (known := self._kinds.get(written)) is None:
+            known = self._learn(entry)
+            if len(self._kinds) < 1000:  # the types of a stream are few, or it is somebody's mischief
+                self._kinds[written] = known
+        kind, takers = known
+        event = Received(fields, kind, entry.deliveries)
+        return event, [(function, event.decode(decode)) for function, decode in takers]
+
+    def _learn(self, entry: Entry) -> tuple[Kind, Takers]:
+        """Return the kind of an entry's event, and its handlers. Raises Reject or InvalidEvent."""
         lane = "primary" if entry.lane in self._primary else "backfill"
-        return Received(entry.fields, self._stream_of[entry.lane], lane, entry.deliveries)
+        kind = kind_in(entry.fields, self._stream_of[entry.lane], lane)
+        marked = class_of(kind.stream, kind.type)
+        takers = [
+            (handler.function, decoder(handler.cls or marked))
+            for handler in self._handlers
+            if handler.takes(kind)
+        ]
+        if not takers and self._unknown == "dead":
+            raise Reject(f"no handler takes the type {kind.type!r} of {kind.stream}")
+        return kind, takers
 
-    def _calls(self, event: Received) -> list[Call]:
-        """Return the handlers of an event, each with the data as it wants it. Raises Reject or InvalidEvent."""
-        kind = (event.stream, event.type)
-        if (handlers := self._by_kind.get(kind)) is None:
-            marked = class_of(*kind)
-            handlers = [
-                (handler.function, decoder(handler.cls or marked))
-                for handler in self._handlers
-                if handler.takes(event)
-            ]
-            if len(self._by_kind) < 1000:  # the types of a stream are few, or it is somebody's mischief
-                self._by_kind[kind] = handlers
-        if not handlers and self._unknown == "dead":
-            raise Reject(f"no handler takes the type {event.type!r} of {event.stream}")
-        return [(function, event.decode(decode)) for function, decode in handlers]
-
-    async def _apply(self, worker: Worker, event: Received, calls: list[Call]) -> str:
+    async def _apply(self, worker: Worker, event: Received, calls: Calls) -> str:
         """Run the handlers under the event's priority, trace and, with an inbox, transaction; return what was done."""
-        with handling(event.priority, event.caused):
-            if event.is_traced():
-                with tracing(event.headers):
-                    return await self._apply_within(worker, event, calls)
-            return await self._apply_within(worker, event, calls)
+        with event.scope():
+            if self._inbox is None:
+                for function, event.data in calls:
+                    if (result := function(event)) is not None:
+                        await self._settle(worker, result)
+                return "handled"
 
-    async def _apply_within(self, worker: Worker, event: Received, calls: list[Call]) -> str:
-        async def handle(*session: Any) -> None:
-            for function, event.data in calls:
-                await self._call(worker, function, event, *session)
+            async def effects(session: Any) -> None:
+                for function, event.data in calls:
+                    if (result := function(event, session)) is not None:
+                        await self._settle(worker, result)
 
-        if self._inbox is not None:
-            return "handled" if await self._inbox.apply(event.id, handle) else "repeated"
-        await handle()
-        return "handled"
+            return "handled" if await self._inbox.apply(event.id, effects) else "repeated"
 
     async def _fail(self, worker: Worker, entry: Entry, error: BaseException) -> None:
         """Leave the entry pending, to be tried again after a backoff; give it up after the last delivery."""
@@ -344,8 +361,7 @@ class _Core:
             log.error(
                 "%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"}
             )
-            later = time.monotonic() + self._backoff[1]
-            self._hand.put_back(Again(later, 0, entry.lane, entry.id, entry))
+            self._hand.put_back(entry, time.monotonic() + self._backoff[1])
             return
         self._hand.drop(entry.lane, [entry.id])
         if buried:
@@ -476,7 +492,8 @@ class _Core:
         task = asyncio.current_task() if self._asynchronous else None
         return task is not None and task.cancelling() > 0
 
-    async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
+    async def _settle(self, worker: Worker, result: Any) -> None:
+        """Await what a handler has returned, if it is a coroutine."""
         raise NotImplementedError
 
 
@@ -496,28 +513,26 @@ class Worker:
 
     async def step(self) -> int:
         """Handle the next event, primary first; return 1, or 0 when there is none. Raises Unavailable."""
-        found = await self._next()
-        if found is None:
+        entry = self._hand.primary() or await self._read()
+        if entry is None:
             return 0
         started = time.monotonic()
         try:
             if started - self._done_since > ACK_SECONDS:
                 await self.flush()
-            if found.entry is None or not self._hand.surely_ours(found, started):
-                taken = await self.groups.take(found.lane, found.id)
+            if not self._hand.surely_ours(entry, started):
+                taken = await self.groups.take(entry.lane, entry.id)
                 if not isinstance(taken, Entry):
-                    self._not_ours(found, taken)
+                    self._not_ours(entry, taken)
                     return 1
-                found = Again(0.0, 0, found.lane, found.id, taken, started)
-            assert found.entry is not None
-            await self._core._handle(self, found.entry)
+                entry = taken
+            await self._core._handle(self, entry)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
         except Unavailable:
-            self._hand.put_back(found)
+            self._hand.put_back(entry)
             raise
         except BaseException:  # this task is cancelled, say: the delivery counts
-            later = time.monotonic() + self._core._backoff[0]
-            self._hand.put_back(found._replace(at=later, entry=None))
+            self._hand.retry(entry, time.monotonic() + self._core._backoff[0])
             raise
         return 1
 
@@ -545,10 +560,12 @@ class Worker:
         """Finish what was read already, for a while, and ack."""
         until = time.monotonic() + DRAIN_SECONDS
         try:
-            while time.monotonic() < until and (found := self._hand.fresh()):
-                assert found.entry is not None
-                if self._hand.surely_ours(found, time.monotonic()):
-                    await self._core._handle(self, found.entry)
+            while time.monotonic() < until:
+                entry = self._hand.fresh() or self._hand.read(await self.groups.rest())
+                if entry is None:
+                    break
+                if self._hand.surely_ours(entry, time.monotonic()):
+                    await self._core._handle(self, entry)
         finally:
             await self.flush()
 
@@ -559,29 +576,33 @@ class Worker:
             self.loop.close()
             self.loop = None
 
-    async def _next(self) -> Again | None:
-        """Return the next entry: of primary as long as there is any, else the oldest of backfill."""
+    async def _read(self) -> Entry | None:
+        """Read, with nothing of primary in hand: its next entry, or else the oldest of backfill."""
         hand = self._hand
-        if found := hand.due(primary=True) or hand.fresh():
-            return found
         waiting = hand.due(primary=False)
         if hand.is_full(primary=True):
             return waiting
         backfill = waiting is None and not hand.is_full(primary=False)
-        count = max(1, min(self._most, int(PREFETCH_SECONDS / max(self._seconds, 1e-9))))
-        now = time.monotonic()
+        worth = int(PREFETCH_SECONDS / max(self._seconds, 1e-9))
+        count = max(1, min(self._most, worth))
         try:
-            read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
+            if sum(map(len, self._done.values())) >= ACKED_AT_ONCE:
+                await self.flush()
+            read = await self.groups.more(count)
+            if len(read) >= PREFETCH and worth >= 2 * PREFETCH:
+                await self.groups.ask(PREFETCH)  # Redis looks them up while these are handled
+            if not read:
+                read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
+                self._acked()
         except BaseException:
             if waiting:
                 hand.put_back(waiting)
             raise
-        self._acked()
         if not read:
             return waiting
         if waiting:
             hand.put_back(waiting)
-        return hand.read(read, now) or await self._next()
+        return hand.read(read) or hand.primary() or await self._read()
 
     def _acked(self) -> None:
         for lane, ids in self._done.items():
@@ -589,11 +610,11 @@ class Worker:
         self._done.clear()
         self._done_since = float("inf")
 
-    def _not_ours(self, found: Again, taken: Lost | None) -> None:
+    def _not_ours(self, entry: Entry, taken: Lost | None) -> None:
         if taken:
-            self._core._report_lost(found.lane, found.id)
+            self._core._report_lost(entry.lane, entry.id)
         else:
-            self._hand.drop(found.lane, [found.id])
+            self._hand.drop(entry.lane, [entry.id])
 
 
 class Consumer(_Core):
@@ -664,9 +685,8 @@ class Consumer(_Core):
         """Leave the group, if nothing is pending here: after `run_once`; `run` does it by itself."""
         finish(self._leave())
 
-    async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
-        result = handler(*arguments)
-        if result is not None and inspect.isawaitable(result):
+    async def _settle(self, worker: Worker, result: Any) -> None:
+        if inspect.isawaitable(result):
             worker.loop = worker.loop or asyncio.Runner()
             worker.loop.run(settled(result), context=contextvars.copy_context())
 
@@ -715,8 +735,8 @@ class AsyncConsumer(_Core):
             name = getattr(handler, "__qualname__", repr(handler))
             raise InvalidHandler(f"{name}: a handler of an AsyncConsumer is an `async def`")
 
-    async def _call(self, worker: Worker, handler: Callable[..., Any], *arguments: Any) -> None:
-        await handler(*arguments)
+    async def _settle(self, worker: Worker, result: Any) -> None:
+        await result
 
 
 def _call_of(handler: object) -> object:

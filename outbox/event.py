@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -26,7 +26,7 @@ import msgspec
 
 from outbox.errors import InvalidEvent, first_line
 from outbox.lanes import STREAM_NAME
-from outbox.priority import check_priority, current_priority, headers_of_cause
+from outbox.priority import check_priority, current_priority, handling, headers_of_cause
 
 C = TypeVar("C", bound=type)
 
@@ -425,18 +425,19 @@ def current_trace() -> dict[str, str]:
 
 
 @contextmanager
-def tracing(headers: Mapping[str, str]) -> Iterator[None]:
-    """Make the span that the headers name the current one, where OpenTelemetry is installed."""
-    try:
-        context = importlib.import_module("opentelemetry.context")
-    except ImportError:
-        yield
-        return
-    token = context.attach(_propagator().extract(dict(headers)))
-    try:
-        yield
-    finally:
-        context.detach(token)
+def _traced(scope: AbstractContextManager[None], headers: Mapping[str, str]) -> Iterator[None]:
+    """Enter a scope, and make the span that the headers name the current one, where OpenTelemetry is installed."""
+    with scope:
+        try:
+            context = importlib.import_module("opentelemetry.context")
+        except ImportError:
+            yield
+            return
+        token = context.attach(_propagator().extract(dict(headers)))
+        try:
+            yield
+        finally:
+            context.detach(token)
 
 
 @cache
@@ -446,6 +447,34 @@ def _propagator() -> Any:
 
 
 # -- received ----------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What the events of one lane, type and priority have in common, as their handlers get it."""
+
+    stream: str
+    lane: str
+    type: str
+    priority: int
+
+
+def kind_in(fields: Mapping[bytes, bytes], stream: str, lane: str) -> Kind:
+    """Return the kind of an entry's event. Raises InvalidEvent."""
+    type_ = _text_of(fields, b"type")
+    try:
+        priority = check_priority(int(fields.get(b"priority", 0)))
+    except ValueError as error:
+        raise InvalidEvent(f"priority: {error}") from error
+    return Kind(stream, lane, type_, priority)
+
+
+def _text_of(fields: Mapping[bytes, bytes], name: bytes) -> str:
+    try:
+        return fields[name].decode()
+    except KeyError:
+        raise InvalidEvent(f"{name.decode()}: it is missing") from None
+    except UnicodeDecodeError as error:
+        raise InvalidEvent(f"{name!a}: {error}") from error
 
 
 class Received:
@@ -459,14 +488,9 @@ class Received:
 
     data: Any = None
 
-    def __init__(self, fields: Mapping[bytes, bytes], stream: str, lane: str, deliveries: int) -> None:
-        self._fields = fields
-        self.stream, self.lane, self.deliveries = stream, lane, deliveries
-        self.type = self._text(b"type")
-        try:
-            self.priority = check_priority(int(fields.get(b"priority", 0)))
-        except ValueError as error:
-            raise InvalidEvent(f"priority: {error}") from error
+    def __init__(self, fields: Mapping[bytes, bytes], kind: Kind, deliveries: int) -> None:
+        self._fields, self.deliveries = fields, deliveries
+        self.stream, self.lane, self.type, self.priority = kind
 
     def __repr__(self) -> str:
         return f"<Received {self.type} of {self.stream}, {self.data!r}>"
@@ -522,17 +546,13 @@ class Received:
         trace = {name: self.headers[name] for name in TRACE if name in self.headers}
         return {"correlationid": self.correlation_id, "causationid": str(self.id), **trace}
 
-    def is_traced(self) -> bool:
-        """Return whether the event carries a trace context."""
-        return b"traceparent" in self._fields
+    def scope(self) -> AbstractContextManager[None]:
+        """Return what its handlers run in: its priority, itself as the cause of what they record, and its trace."""
+        scope = handling(self.priority, self.caused)
+        return _traced(scope, self.headers) if b"traceparent" in self._fields else scope
 
     def _text(self, name: bytes) -> str:
-        try:
-            return self._fields[name].decode()
-        except KeyError:
-            raise InvalidEvent(f"{name.decode()}: it is missing") from None
-        except UnicodeDecodeError as error:
-            raise InvalidEvent(f"{name!a}: {error}") from error
+        return _text_of(self._fields, name)
 
 
 def class_of(stream: str, type: str) -> builtins.type | None:

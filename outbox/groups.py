@@ -21,7 +21,10 @@ is one implementation for both. All but `wait` are one script each: what they lo
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import redis
@@ -132,13 +135,18 @@ class GroupMissing(RedisUnavailable):
     """Raised when a lane or its consumer group is gone: Redis was restarted empty, or somebody has deleted it."""
 
 
-class Entry(NamedTuple):
-    """An entry that was given to this consumer, for the `deliveries`-th time."""
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An entry that was given to this consumer, for the `deliveries`-th time; 0: it is to be delivered once more.
+
+    `since`: a time of the monotonic clock just before its delivery.
+    """
 
     lane: str
     id: str
     fields: dict[bytes, bytes]
     deliveries: int
+    since: float = 0.0
 
 
 class Found(NamedTuple):
@@ -194,9 +202,12 @@ class Connection:
             return await self._run("EVAL", script, len(keys), *keys, *arguments)
 
     async def _run(self, *command: Any) -> Any:
-        """Run a command; drop the connection after any error, as its reply may come late."""
+        return await self._do(self._redis.execute_command, *command)
+
+    async def _do(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of redis-py; drop the connection after any error, as a reply may come late."""
         try:
-            return await settled(self._redis.execute_command(*command))
+            return await settled(method(*arguments))
         except redis.exceptions.NoScriptError as error:
             raise _ScriptMissing(str(error)) from error
         except redis.RedisError as error:
@@ -211,7 +222,10 @@ class Connection:
 
 
 class Groups(Connection):
-    """One connection of a consumer to its group in all lanes. Methods raise GroupMissing until `create` is called."""
+    """One worker's connection to its group in all lanes, and a second one that reads ahead while primary is busy.
+
+    Methods raise GroupMissing until `create` is called.
+    """
 
     def __init__(
         self,
@@ -227,10 +241,19 @@ class Groups(Connection):
         self.lanes = [*primary, *backfill]
         self._group, self._consumer = group, consumer
         self._primaries, self._turn = len(primary), 0
-        self._read_primary = [*primary, *(">" for _ in primary)]
+        self._read_primary = ["STREAMS", *primary, *(">" for _ in primary)]
         self._busy = False  # the last read found entries of a primary lane
+        self._asked_at: float | None = None  # when `ask` has sent what `more` has not read the answer of
         self._place = {lane: place for place, lane in enumerate(self.lanes, 1)}
         super().__init__(url, SCRIPTS, asynchronous=asynchronous, timeout_seconds=timeout_seconds)
+        pool = self._redis.connection_pool
+        self._ahead = pool.connection_class(**pool.connection_kwargs)  # connects when it is used
+
+    async def close(self) -> None:
+        """Drop both connections; the next call opens others."""
+        self._asked_at = None
+        await settled(self._ahead.disconnect())
+        await super().close()
 
     def is_primary(self, lane: str) -> bool:
         """Return whether a lane is a primary one."""
@@ -248,37 +271,56 @@ class Groups(Connection):
                     raise
         return created
 
+    async def ask(self, count: int) -> None:
+        """Ask for up to `count` more entries of each primary lane, and do not wait: `more` reads the answer."""
+        asked_at = time.monotonic()
+        with suppress(RedisUnavailable):  # `more` will see
+            await self._do(self._ahead.send_command, *self._read_command(count))
+            self._asked_at = asked_at
+
+    async def more(self, count: int) -> list[Entry]:
+        """Read up to `count` entries of each primary lane, if the last read has found any there.
+
+        A script that returns a hundred entries is twice as slow as the command.
+        """
+        if not self._busy:
+            return []
+        if self._asked_at is not None:
+            found = await self.rest()
+        else:
+            since = time.monotonic()
+            found = _entries(await self._run(*self._read_command(count)) or [], since)
+        self._busy = bool(found)
+        return found
+
+    async def rest(self) -> list[Entry]:
+        """Return what was asked for and has not been read."""
+        if (since := self._asked_at) is None:
+            return []
+        self._asked_at = None
+        return _entries(await self._do(self._ahead.read_response) or [], since)
+
+    def _read_command(self, count: int) -> Sequence[Any]:
+        return ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, *self._read_primary)
+
     async def next(self, count: int, done: Mapping[str, Sequence[str]], *, backfill: bool = True) -> Found:
         """Ack what is done; read up to `count` entries of each primary lane, or else one of backfill."""
-        if self._busy:  # a script that returns a hundred entries is twice as slow as the command
-            await self.ack(done)
-            answer = await self._run(
-                "XREADGROUP",
-                "GROUP",
-                self._group,
-                self._consumer,
-                "COUNT",
-                count,
-                "STREAMS",
-                *self._read_primary,
-            )
-            if answer:
-                return Found(_entries(answer), [])
-            done = {}
         self._turn += 1
+        since = time.monotonic()
         acks = [part for lane, ids in done.items() for id_ in ids for part in (self._place[lane], id_)]
         answer = await self._script(
             NEXT, self.lanes, self._group, self._consumer, self._primaries, count,
             self._turn if backfill else -1, *acks,
         )  # fmt: skip
         if answer[0] == b"EMPTY":
-            self._busy = False
             return Found([], answer[1:])
         self._busy = self.is_primary(answer[0][0].decode())
-        return Found(_entries(answer), [])
+        return Found(_entries(answer, since), [])
 
     async def wait(self, newest: Sequence[bytes], seconds: float) -> None:
         """Block until there is an entry in any lane after these, or for that long. Takes nothing."""
+        if self._asked_at is None:
+            await settled(self._ahead.disconnect())  # an idle one might be found dead when it is needed again
         milliseconds = max(1, int(seconds * 1000))  # 0 would block for ever
         await self._run("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", *self.lanes, *newest)
 
@@ -289,9 +331,10 @@ class Groups(Connection):
 
     async def take(self, lane: str, id_: str) -> Entry | Lost | None:
         """Deliver a pending entry of ours once more; None: somebody else has finished or claimed it."""
+        since = time.monotonic()
         answer = await self._script(TAKE, [lane], self._group, self._consumer, id_)
         if answer[0] == b"TAKEN":
-            return Entry(lane, id_, pairs(answer[2]), answer[1])
+            return Entry(lane, id_, pairs(answer[2]), answer[1], since)
         return Lost(lane, id_) if answer[0] == b"LOST" else None
 
     async def bury(self, entry: Entry, error: str, died_at: str) -> bool:
@@ -347,10 +390,10 @@ class _ScriptMissing(RedisUnavailable):
     """Raised when Redis does not know a script yet: it was restarted, or its scripts were flushed."""
 
 
-def _entries(answer: Sequence[Any]) -> list[Entry]:
+def _entries(answer: Sequence[Any], since: float) -> list[Entry]:
     """Return the entries of a reply of XREADGROUP."""
     return [
-        Entry(name, id_.decode(), pairs(fields), 1)
+        Entry(name, id_.decode(), pairs(fields), 1, since)
         for lane, entries in answer
         for name in (lane.decode(),)
         for id_, fields in entries
@@ -360,7 +403,7 @@ def _entries(answer: Sequence[Any]) -> list[Entry]:
 def pairs(flat: Iterable[bytes]) -> dict[bytes, bytes]:
     """Return a flat list of names and values as a dict."""
     parts = iter(flat)
-    return dict(zip(parts, parts, strict=True))
+    return dict(zip(parts, parts, strict=False))  # Redis gives pairs, and the check would cost as much again
 
 
 def _text(value: bytes | str) -> str:

@@ -7,8 +7,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 from outbox.groups import Entry
 
@@ -17,21 +16,8 @@ MOST_WAITING = (
 )
 
 _numbers = itertools.count(1)
-
-
-class Again(NamedTuple):
-    """A pending entry that is to be handled at a time of the monotonic clock.
-
-    `entry`: it was delivered at `since` but could not be handled, through no fault of its own. Without it, it is
-    to be delivered once more.
-    """
-
-    at: float
-    number: int
-    lane: str
-    id: str
-    entry: Entry | None = None
-    since: float = 0.0
+# Until a time of the monotonic clock; those of one time in the order of number, lane and id.
+Waiting = tuple[float, int, str, str, Entry]
 
 
 class Hand:
@@ -42,68 +28,85 @@ class Hand:
         self._is_primary = is_primary
         self._lock = threading.Lock()
         self._held: dict[str, dict[str, None]] = defaultdict(dict)
-        self._fresh: deque[Again] = deque()
-        self._again: dict[bool, list[Again]] = {True: [], False: []}  # heaps, by: of a primary lane
-        self.renewed_at = 0.0  # by the monotonic clock
+        self._fresh: deque[Entry] = deque()
+        self._again: dict[bool, list[Waiting]] = {True: [], False: []}  # heaps, by: of a primary lane
+        self._adopted_at = 0.0  # by the monotonic clock
+        self.renewed_at = 0.0
 
-    def read(self, entries: Iterable[Entry], since: float) -> Again | None:
+    def read(self, entries: Sequence[Entry]) -> Entry | None:
         """Hold entries that were delivered for the first time: return the first, and keep the others for anybody.
 
-        One that is in hand already was taken up as pending by another worker, just after its delivery.
+        One that is in hand already was taken up as pending by another worker, just after its delivery. When it has
+        been on the way for long, or others have been taken up meanwhile, it may be somebody else's by now, or done:
+        it is delivered once more, which finds out.
         """
         with self._lock:
             new = [entry for entry in entries if entry.id not in self._held[entry.lane]]
+            late = max(self._adopted_at, time.monotonic() - self._sure_seconds)
             for entry in new:
                 self._held[entry.lane][entry.id] = None
-            read = [Again(0.0, 0, entry.lane, entry.id, entry, since) for entry in new]
-            self._fresh.extend(read[1:])
-            return read[0] if read else None
+                if entry.since <= late:
+                    self._push(0.0, next(_numbers), Entry(entry.lane, entry.id, {}, 0))
+            new = [entry for entry in new if entry.since > late]
+            self._fresh.extend(new[1:])
+            return new[0] if new else None
 
-    def fresh(self) -> Again | None:
+    def primary(self) -> Entry | None:
+        """Return the next entry of primary that is in hand: one whose time has come, or else one that was read."""
+        return (self._again[True] and self.due(primary=True)) or self.fresh()
+
+    def fresh(self) -> Entry | None:
         """Return the first entry of those that were read."""
         try:
             return self._fresh.popleft()
         except IndexError:
             return None
 
+    def line_up(self) -> None:
+        """Have what was read handled before what is adopted from now on: it is older."""
+        with self._lock:
+            while self._fresh:
+                self._push(0.0, next(_numbers), self._fresh.popleft())
+
     def adopt(self, lane: str, ids: Iterable[str]) -> None:
         """Hold pending entries that nobody in this process has in hand, to be delivered at once."""
         with self._lock:
             for id_ in ids:
                 if id_ not in self._held[lane]:
+                    self._adopted_at = time.monotonic()
                     self._held[lane][id_] = None
-                    self._push(Again(0.0, next(_numbers), lane, id_))
+                    self._push(0.0, next(_numbers), Entry(lane, id_, {}, 0))
 
     def retry(self, entry: Entry, at: float) -> None:
         """Have an entry delivered once more at a time."""
         with self._lock:
-            self._push(Again(at, next(_numbers), entry.lane, entry.id))
+            self._push(at, next(_numbers), Entry(entry.lane, entry.id, {}, 0))
 
-    def put_back(self, again: Again) -> None:
-        """Take back what could not be handled, through no fault of its own."""
+    def put_back(self, entry: Entry, at: float = 0.0) -> None:
+        """Take back what could not be handled, through no fault of its own; by default it is the next."""
         with self._lock:
-            self._push(again)
+            self._push(at, 0, entry)
 
-    def due(self, primary: bool) -> Again | None:
+    def due(self, primary: bool) -> Entry | None:
         """Return an entry whose time has come."""
         heap = self._again[primary]
         if not heap:
             return None
         with self._lock:
-            return heapq.heappop(heap) if heap and heap[0].at <= time.monotonic() else None
+            return heapq.heappop(heap)[-1] if heap and heap[0][0] <= time.monotonic() else None
 
     def next_at(self) -> float:
         """Return the earliest time at which an entry is to be handled again."""
         with self._lock:
-            return min((heap[0].at for heap in self._again.values() if heap), default=float("inf"))
+            return min((heap[0][0] for heap in self._again.values() if heap), default=float("inf"))
 
-    def surely_ours(self, found: Again, now: float) -> bool:
-        """Return whether an entry that was delivered cannot have been claimed by another consumer by now.
+    def surely_ours(self, entry: Entry, now: float) -> bool:
+        """Return whether an entry was delivered, and cannot have been claimed by another consumer by now.
 
         It may have been when this process was frozen, or Redis was away, for longer than the heartbeat.
         """
-        sure = now - max(found.since, self.renewed_at) < self._sure_seconds
-        return sure and found.id in self._held[found.lane]
+        sure = now - max(entry.since, self.renewed_at) < self._sure_seconds
+        return sure and entry.deliveries > 0 and entry.id in self._held[entry.lane]
 
     def drop(self, lane: str, ids: Iterable[str]) -> None:
         """Forget entries: they are acked, or not ours any more."""
@@ -120,5 +123,6 @@ class Hand:
         """Return whether so much is to be tried again that nothing new should be read of these lanes."""
         return len(self._again[primary]) >= MOST_WAITING
 
-    def _push(self, again: Again) -> None:
-        heapq.heappush(self._again[self._is_primary(again.lane)], again)
+    def _push(self, at: float, number: int, entry: Entry) -> None:
+        waiting = (at, number, entry.lane, entry.id, entry)
+        heapq.heappush(self._again[self._is_primary(entry.lane)], waiting)

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Select, Uuid, delete, event, exists, func, literal, select
+from sqlalchemy import Select, Text, Uuid, bindparam, delete, event, exists, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -34,6 +34,8 @@ class Inbox:
 
     def __init__(self, sessions: Callable[[], Any], group: str) -> None:
         self._sessions, self._group = sessions, group
+        # Once: to build it, and to find what it compiles to, takes longer than to run it.
+        self._note = _note(group)
 
     async def apply(self, event_id: UUID, effects: Callable[[Any], Awaitable[None]]) -> bool:
         """Note an event, and await `effects(session)` in the same transaction; return whether it was the first time.
@@ -43,7 +45,8 @@ class Inbox:
         """
 
         async def transact(session: Any) -> bool:
-            noted = await self._execute(session, self._note(event_id))
+            row = {"event_id": event_id, "lock": f"{self._group} {event_id}"}
+            noted = await self._execute(session, self._note, row)
             is_ours, is_new = noted.one()
             if not is_ours:
                 raise AlreadyInHand(f"event {event_id} is in the hands of another consumer")
@@ -53,26 +56,6 @@ class Inbox:
             return bool(is_new)
 
         return await self._in_transaction(transact)
-
-    def _note(self, event_id: UUID) -> Select[tuple[bool, bool]]:
-        """Return the statement that notes an event: is it ours to handle, and is it the first time?
-
-        The lock is what a second transaction sees of the first. Without it, the row itself would let the second wait
-        for the first, for as long as the process of the first is frozen.
-        """
-        key = func.hashtextextended(f"{self._group} {event_id}", 0)
-        ours = select(func.pg_try_advisory_xact_lock(key).label("ours")).cte("ours")
-        row = select(literal(self._group), literal(event_id, Uuid())).where(ours.c.ours)
-        noted = (
-            insert(outbox_inbox)
-            .from_select(["consumer_group", "event_id"], row)
-            .on_conflict_do_nothing(
-                index_elements=["consumer_group", "event_id"]
-            )  # without its key, an error
-            .returning(outbox_inbox.c.event_id)
-            .cte("noted")
-        )
-        return select(ours.c.ours, exists(select(noted.c.event_id)))
 
     async def purge(self, before: datetime, is_enough: Callable[[], bool]) -> None:
         """Delete the rows from before a time, some thousands a transaction, until there are none or it `is_enough`."""
@@ -100,11 +83,31 @@ class Inbox:
             finally:
                 await settled(session.close())
 
-    async def _execute(self, session: Any, statement: Any) -> Any:
+    async def _execute(self, session: Any, statement: Any, values: Any = None) -> Any:
         try:
-            return await settled(session.execute(statement))
+            return await settled(session.execute(statement, values))
         except DBAPIError as error:  # the tables may be missing, say
             raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
+
+
+def _note(group: str) -> Select[tuple[bool, bool]]:
+    """Return the statement that notes an event: is it ours to handle, and is it the first time?
+
+    The lock is what a second transaction sees of the first. Without it, the row itself would let the second wait
+    for the first, for as long as the process of the first is frozen.
+    """
+    key = func.hashtextextended(bindparam("lock", type_=Text()), 0)
+    ours = select(func.pg_try_advisory_xact_lock(key).label("ours")).cte("ours")
+    row = select(literal(group), bindparam("event_id", type_=Uuid())).where(ours.c.ours)
+    key_columns = ["consumer_group", "event_id"]
+    noted = (
+        insert(outbox_inbox)
+        .from_select(key_columns, row)
+        .on_conflict_do_nothing(index_elements=key_columns)  # without its key, an error
+        .returning(outbox_inbox.c.event_id)
+        .cte("noted")
+    )
+    return select(ours.c.ours, exists(select(noted.c.event_id)))
 
 
 HANDLING = "outbox.handling"  # key in `session.info`

@@ -37,13 +37,18 @@ def check_priority(priority: object) -> int:
     return priority
 
 
+Cause = Callable[
+    [], dict[str, str]
+]  # makes the headers that an event carries on from the one that has caused it
+
+
 class _Level:
     """One entered scope; two scopes of one priority are told apart by identity."""
 
-    __slots__ = ("priority",)
+    __slots__ = ("cause", "priority")
 
-    def __init__(self, priority: int) -> None:
-        self.priority = priority
+    def __init__(self, priority: int, cause: Cause | None) -> None:
+        self.priority, self.cause = priority, cause
 
 
 # The scopes that are open in this context, innermost last. A tuple, so that a task or thread that has
@@ -72,7 +77,7 @@ class processing_priority:
         self._entered: list[_Level] = []
 
     def __enter__(self) -> None:
-        level = _Level(self._priority)
+        level = _Level(self._priority, _current_cause())
         self._entered.append(level)
         _open.set((*_open.get(), level))
 
@@ -88,29 +93,27 @@ class processing_priority:
         _open.set(tuple(other for other in _open.get() if other is not level))
 
 
-# What an event that is recorded here says of its cause: the headers that it carries on, or none.
-_cause: ContextVar[Callable[[], dict[str, str]] | None] = ContextVar("outbox_cause", default=None)
+def _current_cause() -> Cause | None:
+    levels = _open.get()
+    return levels[-1].cause if levels else None
 
 
 def headers_of_cause() -> dict[str, str]:
     """Return the headers that an event recorded now gets from the event whose handler is running."""
-    cause = _cause.get()
+    cause = _current_cause()
     return cause() if cause else {}
 
 
-class handling:
+class handling(_Level):
     """Record everything in the `with` block under a priority, and as caused by an event: what a handler runs in."""
 
-    def __init__(self, priority: int, cause: Callable[[], dict[str, str]] | None) -> None:
-        self._level, self._cause = _Level(priority), cause
+    __slots__ = ("_before",)
 
     def __enter__(self) -> None:
-        self._before = _open.set((*_open.get(), self._level)), _cause.set(self._cause)
+        self._before = _open.set((*_open.get(), self))
 
     def __exit__(self, *_: object) -> None:
-        opened, caused = self._before
-        _open.reset(opened)
-        _cause.reset(caused)
+        _open.reset(self._before)
 
 
 def carry_priority(function: Callable[P, R]) -> Callable[P, R]:
@@ -119,7 +122,7 @@ def carry_priority(function: Callable[P, R]) -> Callable[P, R]:
     For `executor.submit(carry_priority(f), ...)` and `loop.run_in_executor(None, carry_priority(f))`,
     which lose context variables.
     """
-    priority, cause = current_priority(), _cause.get()
+    priority, cause = current_priority(), _current_cause()
 
     @functools.wraps(function)
     def carried(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -29,6 +29,7 @@ import redis as redis_client
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
+import outbox.consumer
 from outbox import Consumer
 from outbox.groups import Groups
 from outbox.inbox import Inbox
@@ -47,6 +48,7 @@ POINTS = {
     "after the ack": (Groups, "ack", "after"),
     "in the claim": (Groups, "claim", "after"),
     "after a take": (Groups, "take", "after"),
+    "after an ask": (Groups, "ask", "after"),
 }
 
 
@@ -170,6 +172,8 @@ def main() -> None:
     sessions = sessionmaker(create_engine(os.environ["DATABASE_URL"]))
     counter = redis_client.Redis.from_url(os.environ["REDIS_URL"])
     passes = die_at(told["die_at"])
+    if told["die_at"] == "after an ask":
+        outbox.consumer.PREFETCH_SECONDS = 3600.0  # it reads ahead, however slow its handlers are
     poison = told.get("poison")
 
     def apply(event: Any, session: Any) -> None:

@@ -52,7 +52,8 @@ def test_without_the_inbox_nothing_is_lost_either(consumers):
 
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_a_point_of_an_event(consumers, point):
-    consumers.publish(100)
+    of_primary = 1300 if point == "after an ask" else 100  # it asks once a page is full
+    consumers.publish(of_primary)
     consumers.publish(20, "s:backfill")
     for _ in range(2):
         with consumers.start("dies", die_at=point) as process:
@@ -60,7 +61,8 @@ def test_killed_at_a_point_of_an_event(consumers, point):
                 wait_until(lambda process=process: ended_or_done(process, consumers))
                 continue
             assert process.wait_for_death() == -9
-    assert consumers.settle() == (120, 120, 0, 0, 0)
+    events = of_primary + 20
+    assert consumers.settle() == (events, events, 0, 0, 0)
 
 
 def ended_or_done(process, consumers: Consumers) -> bool:

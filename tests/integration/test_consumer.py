@@ -3,8 +3,9 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -88,7 +89,8 @@ def test_one_read_of_both_lanes_does_not_keep_the_order(bank, monkeypatch):
         await self.ack(done)
         to_read = [*self.lanes, *(">" for _ in self.lanes)]
         command = ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", 1, "STREAMS", *to_read)
-        return Found(_entries(await self._run(*command) or []), [])
+        since = time.monotonic()
+        return Found(_entries(await self._run(*command) or [], since), [])
 
     monkeypatch.setattr(Groups, "next", both)
     with pytest.raises(AssertionError, match="s:backfill"):
@@ -518,6 +520,113 @@ def test_what_is_done_is_acked_though_more_was_read(bank, monkeypatch):
     made.run()
     assert still_pending[0][:2] == ["e150", "e151"]
     assert still_pending[1][0] == "e151"
+
+
+# -- reading ahead ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asks(monkeypatch) -> list[str]:
+    """Make consumers read ahead however slow their handlers are; return the list of those that have."""
+    asks = []
+    ask = Groups.ask
+
+    async def noted(groups, count):
+        await ask(groups, count)
+        asks.append(groups._consumer)
+
+    monkeypatch.setattr("outbox.consumer.PREFETCH_SECONDS", 3600.0)
+    monkeypatch.setattr(Groups, "ask", noted)
+    return asks
+
+
+def add_many(bank: Bank, count: int) -> list[str]:
+    names = [f"e{n}" for n in range(count)]
+    with bank.redis.pipeline() as pipeline:
+        for name in names:
+            pipeline.xadd("s", entry(name))
+        pipeline.execute()
+    return names
+
+
+def handle(bank: Bank, count: int, then: Callable[[], object] = list) -> None:
+    """Run a consumer until there are so many handled; call `then` in each handler."""
+
+    def act(event) -> None:
+        then()
+        if len(bank.handled) >= count:
+            made.it.stop()
+
+    made = bank.consumer(act)
+    made.run()
+
+
+def test_what_is_read_ahead_keeps_its_order_and_leaves_nothing_behind(bank, asks):
+    names = add_many(bank, 600)
+    handle(bank, 200)
+    assert asks
+    assert bank.handled == names[: len(bank.handled)]
+    assert bank.pending() == {}
+    handle(bank, 600)
+    assert bank.handled == names
+
+
+def test_what_was_read_ahead_is_not_lost_with_its_connection(bank, asks):
+    def cut() -> None:
+        if asks and not cuts:
+            ids = [client["id"] for client in bank.redis.client_list() if client["name"] == "outbox-consumer"]
+            cuts.extend(bank.redis.client_kill_filter(_id=id_) for id_ in ids)
+
+    cuts: list[int] = []
+    names = add_many(bank, 600)
+    handle(bank, 600, then=cut)
+    assert len(cuts) >= 2
+    assert bank.handled == names
+    assert bank.pending() == {}
+
+
+def others_handle_what_is_read_ahead(bank: Bank, asks: list[str]) -> set[str]:
+    """Have all that is pending finished by others, in a long handler; return what of it is handled after that."""
+    looks, finished, before = [], [], []
+    claim = Groups.claim
+
+    async def counted(self, *arguments):
+        looks.append(self._consumer)
+        return await claim(self, *arguments)
+
+    def act(event) -> None:
+        if asks and not finished:
+            finished.extend(bank.pending())
+            before.extend(bank.handled)
+            ids = [row["message_id"] for row in bank.redis.xpending_range("s", "g", "-", "+", 1000)]
+            bank.redis.xack("s", "g", *ids)
+            seen = len(looks)
+            wait_until(lambda: len(looks) > seen + 8, "heartbeats for longer than an entry is surely ours")
+            bank.add("last")
+        if event.data == "last":
+            made.it.stop()
+
+    add_many(bank, 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Groups, "claim", counted)
+        made = bank.consumer(act, claim_idle=timedelta(seconds=1))
+        made.run()
+    assert len(finished) > 100
+    return set(bank.handled[len(before) :]) & set(finished)
+
+
+def test_what_others_have_finished_before_it_was_read_is_left_to_them(bank, asks):
+    assert others_handle_what_is_read_ahead(bank, asks) == set()
+
+
+def test_without_a_look_at_its_age_it_is_handled_once_more(bank, asks, monkeypatch):
+    rest = Groups.rest
+
+    async def as_if_just_read(self):
+        return [replace(entry, since=time.monotonic()) for entry in await rest(self)]
+
+    monkeypatch.setattr(Groups, "rest", as_if_just_read)
+    assert len(others_handle_what_is_read_ahead(bank, asks)) == 100
 
 
 # -- ending -----------------------------------------------------------------------------------------------
