@@ -91,11 +91,15 @@ local function newest(lane)
     for i = 1, #info, 2 do found[info[i]] = info[i + 1] end
     return found['last-generated-id'], found['entries-added']
 end
-local function remember(lane, entry)
-    local _, count = newest(lane)
-    redis.call('HSET', KEYS[1], 'last:' .. lane, entry .. ' ' .. (count or 0))
+local function remember(lane, entry, count)
+    if not count then
+        local _, now = newest(lane)
+        count = now or 0
+    end
+    redis.call('HSET', KEYS[1], 'last:' .. lane, entry .. ' ' .. count)
 end
--- A lane that was deleted or evicted starts over: at an older entry than our last, or at a smaller count.
+-- A lane that was deleted or evicted starts over: at an older entry than our last, or at a smaller count. Returned
+-- besides is how many entries the lane has had, if it was looked at.
 local function went_back(lane)
     local last = redis.call('HGET', KEYS[1], 'last:' .. lane)
     local ms, number, added = string.match(last or '', '^(%d+)-(%d+) (%d+)$')
@@ -104,7 +108,8 @@ local function went_back(lane)
     if not entry then return false end
     local now_ms, now_number = string.match(entry, '(%d+)-(%d+)')
     ms, number, now_ms, now_number = tonumber(ms), tonumber(number), tonumber(now_ms), tonumber(now_number)
-    return now_ms < ms or (now_ms == ms and now_number < number) or (count or math.huge) < tonumber(added)
+    local back = now_ms < ms or (now_ms == ms and now_number < number) or (count or math.huge) < tonumber(added)
+    return back, count
 end
 """.replace("STATES", "{'" + "', '".join(SERVER_STATES) + "'}")
 
@@ -127,9 +132,11 @@ elseif batch < expected then
     return {'BEHIND', batch}
 end
 
-local gone = {'GONE'}
+local gone, counts = {'GONE'}, {}
 for i = 2, #KEYS do
-    if redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1 or went_back(KEYS[i]) then
+    local back, count = went_back(KEYS[i])
+    counts[i] = count
+    if back or redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1 then
         gone[#gone + 1] = KEYS[i]
     end
 end
@@ -151,6 +158,7 @@ for i, event in ipairs(events) do
             answer[#answer + 1] = {i - 1, entry.err}
         else
             last[event[1]] = entry
+            if counts[event[1]] then counts[event[1]] = counts[event[1]] + 1 end
             added[#added + 1] = event
         end
     end
@@ -164,7 +172,7 @@ redis.call('HSET', KEYS[1], 'batch', ARGV[2], 'ids:' .. ARGV[2], ids)
 for n = expected - KEPT + 1, math.min(expected, tonumber(ARGV[2]) - KEPT) do
     redis.call('HDEL', KEYS[1], 'ids:' .. n)
 end
-for i, entry in pairs(last) do remember(KEYS[i], entry) end
+for i, entry in pairs(last) do remember(KEYS[i], entry, counts[i]) end
 if ARGV[3] == 'again' then remember_refusals(tonumber(ARGV[2]), answer) end
 return answer
 """
