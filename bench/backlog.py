@@ -87,6 +87,7 @@ def relay_worker(pipe: Connection, servers: Servers) -> None:
     """Drain the outbox with the daemon's code, when told to."""
     relay = Relay(servers.settings())
     relay.check()
+    relay.drain()  # of nothing: it connects, and sees whether notifications come through
     obey(pipe, relay.drain)
     relay.close()
 
@@ -187,12 +188,10 @@ class BacklogBench(Bench):
         for who in WORKERS:
             self.run(who, Backlog(5000))
 
-    def fill(self, backlog: Backlog, fresh: bool = True) -> None:
-        """Record the backlog. With `fresh`, in new tables, and with no work left to do for either server."""
-        if fresh:
-            self.empty()
+    def fill(self, backlog: Backlog, tidy: bool = True) -> None:
+        """Record the backlog; with `tidy`, PostgreSQL has no other work left to do then."""
         self.record(backlog)
-        if fresh:
+        if tidy:
             self.database.execute("VACUUM (ANALYZE) outbox, outbox_relay, outbox_journal")
         self.database.execute("CHECKPOINT")
 
@@ -204,29 +203,40 @@ class BacklogBench(Bench):
         self.recorded_wal_bytes = (wal_position(self.database) - before) / max(1, backlog.events)
 
     def run(self, who: str, backlog: Backlog, fresh: bool = True) -> Run:
-        """Fill, drain, check. Raises Wrong when an event is missing, repeated, or out of order."""
-        self.fill(backlog, fresh)
-        return self.drain(who, backlog)
+        """Fill, drain, check; with `fresh`, in tables that are new. Raises Wrong: see `check`."""
+        if fresh:
+            self.empty()
+        with self.ready(who) as drain:
+            self.fill(backlog, tidy=fresh)
+            return drain(backlog)
 
-    def drain(self, who: str, backlog: Backlog) -> Run:
-        """Drain what `fill` has recorded, and check it; leave the lanes empty."""
+    @contextlib.contextmanager
+    def ready(self, who: str) -> Iterator[Callable[[Backlog], Run]]:
+        """Give a function that lets a contender, who has found nothing yet, drain what was recorded, and checks it.
+
+        It leaves the lanes empty.
+        """
         target, application = WORKERS[who]
         with started(target, self.servers) as (process, pipe):
             receive(pipe, process)
-            meter = Meter(self.database, self.redis, application)
-            pipe.send("go")
-            with self.progress(f"{who} publishes", backlog):
-                work = receive(pipe, process)
-            run = meter.run(who, work)
-            pipe.send("bye")
-        if work.events != backlog.events:
-            raise Wrong(f"{work.events} of {backlog} published")
-        self.check(backlog)
-        self.trim(backlog)
-        return run
+
+            def drain(backlog: Backlog) -> Run:
+                meter = Meter(self.database, self.redis, application)
+                pipe.send("go")
+                with self.progress(f"{who} publishes", backlog):
+                    work = receive(pipe, process)
+                run = meter.run(who, work)
+                pipe.send("bye")
+                if work.events != backlog.events:
+                    raise Wrong(f"{work.events} of {backlog} published")
+                self.check(backlog)
+                self.trim(backlog)
+                return run
+
+            yield drain
 
     def check(self, backlog: Backlog) -> None:
-        """Read every entry back. Raises Wrong with what is amiss."""
+        """Read every entry back. Raises Wrong when an event is missing, repeated, or out of order."""
         if left := self.waiting():
             raise Wrong(f"{left} left in the outbox")
         with console.status(f"checking {backlog}"):

@@ -497,7 +497,8 @@ def number(value: float) -> str:
 
 def finish(bench: str, facts: dict[str, Any], results: list[dict[str, Any]], keep: bool) -> None:
     """Show the goals of all results, and keep what was found if wanted."""
-    show_goals([row for result in results for row in goals_of(result)])
+    if goals := [row for result in results for row in goals_of(result)]:
+        show_goals(goals)
     if keep:
         save(bench, facts, results)
 

@@ -49,11 +49,13 @@ from common import (
 from plots import Chart, chart, show
 
 REFERENCE = 1_000_000  # the backlog that others are compared with
-PAYLOADS = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 262_144)
-PAYLOAD_TOTAL = 150_000_000  # bytes of a run
+PAYLOADS = (100, 300, 1_000, 3_000, 10_000, 50_000, 262_144)
+PAYLOAD_TOTAL = 100_000_000  # bytes of a run, at most
 STREAMS = (1, 10, 100, 1000)
 RELAYS = (1, 2, 4)
-RETENTIONS = ("0", "1", "3", "3600")  # seconds; a run takes some five
+RETENTIONS = ("0", "1", "3600")  # seconds; a run takes some four
+
+DAEMON_EVENTS = 200_000
 
 X = TypeVar("X")
 
@@ -85,7 +87,7 @@ def payloads(bench: BacklogBench, runs: int) -> dict[str, Any]:
     recorded: dict[int, list[float]] = {size: [] for size in PAYLOADS}
 
     def run(size: int) -> Run:
-        done = bench.run("relay", Backlog(min(50_000, PAYLOAD_TOTAL // size), payload=size))
+        done = bench.run("relay", Backlog(min(30_000, PAYLOAD_TOTAL // size), payload=size))
         recorded[size].append(bench.recorded_wal_bytes)
         return done
 
@@ -113,14 +115,14 @@ def payloads(bench: BacklogBench, runs: int) -> dict[str, Any]:
 
 def streams(bench: BacklogBench, runs: int) -> dict[str, Any]:
     """Drain backlogs that go to few streams or many, each of two lanes."""
-    found = _in_turn(STREAMS, runs, lambda count: bench.run("relay", Backlog(100_000, streams=count)))
+    found = _in_turn(STREAMS, runs, lambda count: bench.run("relay", Backlog(50_000, streams=count)))
     shown = chart("streams", "rate against streams", "streams", "events/s", relay=_rates(found))
     return _result("rate against streams", found, [], shown)
 
 
 def relays(bench: BacklogBench, runs: int) -> dict[str, Any]:
     """Let one daemon publish, or several of which one leads at a time."""
-    found = _in_turn(RELAYS, runs, lambda count: _run_daemons(bench, Backlog(300_000), count))
+    found = _in_turn(RELAYS, runs, lambda count: _run_daemons(bench, Backlog(DAEMON_EVENTS), count))
     shown = chart("relays", "rate against relays", "relays running", "events/s", together=_rates(found))
     return _result("rate against relays", found, [], shown)
 
@@ -129,7 +131,7 @@ def retentions(bench: BacklogBench, runs: int) -> dict[str, Any]:
     """Let a daemon publish that keeps its journal for a shorter or longer time than the run takes."""
 
     def run(seconds: str) -> Run:
-        return _run_daemons(bench, Backlog(300_000), 1, {"journal_retention_seconds": float(seconds)})
+        return _run_daemons(bench, Backlog(DAEMON_EVENTS), 1, {"journal_retention_seconds": float(seconds)})
 
     found = _in_turn(RETENTIONS, runs, run)
     x = "seconds kept"
@@ -179,6 +181,7 @@ def _run_daemons(
     bench: BacklogBench, backlog: Backlog, relays: int, changes: dict[str, Any] | None = None
 ) -> Run:
     """Fill, let daemons publish, check. The time is from the first entry to the last."""
+    bench.empty()
     bench.fill(backlog)
     with contextlib.ExitStack() as stack:
         with _held_back(bench.servers):

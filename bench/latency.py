@@ -91,6 +91,7 @@ def latency(bench: BacklogBench, runs: int, seconds: float, per_second: float) -
 
 def _waits(bench: BacklogBench, backlog: Backlog, count: int, per_second: float) -> Waits:
     """Commit events beside the daemon, and read them. Raises Wrong when one is missing, or the backlog ran out."""
+    bench.empty()
     bench.fill(backlog)
     with started(relay_daemon, bench.servers) as (process, pipe):
         receive(pipe, process)

@@ -54,7 +54,6 @@ from common import (
 
 WAVE = 100_000  # events of the churn that wait at once
 CHURN_RETENTION_SECONDS = 10.0  # of the journal: an hour of it, as a day is to a few minutes
-TABLES = {"outbox": "id", "outbox_journal": "batch"}  # in the order in which they are filled
 
 
 def throughput(bench: BacklogBench, events: int, runs: int) -> dict[str, Any]:
@@ -126,9 +125,14 @@ def churn(bench: BacklogBench, events: int, runs: int) -> dict[str, Any]:
     bench.empty()
     with _day_in_minutes(bench):
         _send_waves(bench, backlog, -(-events // WAVE))
-        bench.fill(backlog, fresh=False)
-        sizes = [size for table in TABLES for size in _sizes(bench, table, events)]
-        found["after"] = [bench.drain("relay", backlog)]
+        sizes = [_size(bench, events, "the journal", "outbox_journal", "batch", "pg_total_relation_size")]
+        with bench.ready("relay") as drain:
+            bench.fill(backlog, tidy=False)
+            sizes += [
+                _size(bench, events, "the outbox", "outbox", "id", "pg_table_size"),
+                _size(bench, events, "the outbox's indexes", "outbox", "id", "pg_indexes_size"),
+            ]
+            found["after"] = [drain(backlog)]
     found["after"] += [bench.run("relay", backlog, fresh=False) for _ in range(runs - 1)]
     show_runs(f"before and after {events:,} events", found)
     ratios = ratios_of(found, "after", "before")
@@ -169,15 +173,14 @@ def _send_waves(bench: BacklogBench, backlog: Backlog, waves: int) -> None:
         pipe.send("stop")
 
 
-def _sizes(bench: BacklogBench, table: str, events: int) -> Iterator[Goal]:
-    """Yield the sizes of a table, and of its indexes, against those of a copy just made."""
+def _size(bench: BacklogBench, events: int, what: str, table: str, order: str, function: str) -> Goal:
+    """Return the size of a part of a table against that of a copy just made."""
     bench.database.execute(f"CREATE TABLE fresh (LIKE {table} INCLUDING ALL)")
-    bench.database.execute(f"INSERT INTO fresh SELECT * FROM {table} ORDER BY {TABLES[table]}")
-    for what, size in (("table", "pg_table_size"), ("indexes", "pg_indexes_size")):
-        row = bench.database.execute(f"SELECT {size}('{table}')::float8 / {size}('fresh')").fetchone()
-        assert row is not None
-        yield goal(f"{table}, its {what} after {events:,} events / fresh", [row[0]], at_most=2.0)
+    bench.database.execute(f"INSERT INTO fresh SELECT * FROM {table} ORDER BY {order}")
+    row = bench.database.execute(f"SELECT {function}('{table}')::float8 / {function}('fresh')").fetchone()
     bench.database.execute("DROP TABLE fresh")
+    assert row is not None
+    return goal(f"{what} after {events:,} events / fresh", [row[0]], at_most=2.0)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -195,6 +198,7 @@ def _options() -> argparse.Namespace:
     add("--held-runs", type=int, default=3, help="pairs of runs with a snapshot held, and not")
     add("--control-runs", type=int, default=1, help="the same of the control, which is slow")
     add("--churn", type=int, default=1_000_000, help="events that go through the tables")
+    add("--churn-runs", type=int, default=3, help="runs before and after that")
     add_common_options(parser)
     return parser.parse_args()
 
@@ -209,7 +213,7 @@ def main() -> int:
             "held": lambda: held_snapshot(
                 bench, options.held_events, options.held_runs, options.control_runs
             ),
-            "churn": lambda: churn(bench, options.churn, options.runs),
+            "churn": lambda: churn(bench, options.churn, options.churn_runs),
         }
         results = [measure() for name, measure in measures.items() if options.only in (None, name)]
         finish("relay", facts, results, options.save)
