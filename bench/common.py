@@ -402,6 +402,7 @@ def about(bench: Bench) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, "
         f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},
         "postgresql": row[0].split()[0],
