@@ -202,12 +202,12 @@ class BacklogBench(Bench):
             self.database.execute(FILL, values)
         self.recorded_wal_bytes = (wal_position(self.database) - before) / max(1, backlog.events)
 
-    def run(self, who: str, backlog: Backlog, fresh: bool = True) -> Run:
+    def run(self, who: str, backlog: Backlog, fresh: bool = True, tidy: bool = True) -> Run:
         """Fill, drain, check; with `fresh`, in tables that are new. Raises Wrong: see `check`."""
         if fresh:
             self.empty()
         with self.ready(who) as drain:
-            self.fill(backlog, tidy=fresh)
+            self.fill(backlog, tidy)
             return drain(backlog)
 
     @contextlib.contextmanager

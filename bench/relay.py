@@ -121,19 +121,12 @@ def churn(bench: BacklogBench, events: int, runs: int) -> dict[str, Any]:
     """Run before and after so many events went through the tables; show and return what came out."""
     console.print(f"\n{events:,} events through the tables, {WAVE:,} at a time; {runs} runs before and after")
     backlog, found = Backlog(WAVE), {}
-    found["before"] = [bench.run("relay", backlog) for _ in range(runs)]
+    found["before"] = [bench.run("relay", backlog, tidy=False) for _ in range(runs)]
     bench.empty()
     with _day_in_minutes(bench):
         _send_waves(bench, backlog, -(-events // WAVE))
-        sizes = [_size(bench, events, "the journal", "outbox_journal", "batch", "pg_total_relation_size")]
-        with bench.ready("relay") as drain:
-            bench.fill(backlog, tidy=False)
-            sizes += [
-                _size(bench, events, "the outbox", "outbox", "id", "pg_table_size"),
-                _size(bench, events, "the outbox's indexes", "outbox", "id", "pg_indexes_size"),
-            ]
-            found["after"] = [drain(backlog)]
-    found["after"] += [bench.run("relay", backlog, fresh=False) for _ in range(runs - 1)]
+        sizes = _sizes(bench, backlog, events)
+    found["after"] = [bench.run("relay", backlog, fresh=False, tidy=False) for _ in range(runs)]
     show_runs(f"before and after {events:,} events", found)
     ratios = ratios_of(found, "after", "before")
     return {
@@ -152,25 +145,40 @@ def _day_in_minutes(bench: BacklogBench) -> Iterator[None]:
     try:
         yield
     finally:
-        bench.database.execute("DROP TABLE IF EXISTS fresh")
         if bench.servers.ours:
             bench.database.execute("ALTER SYSTEM RESET autovacuum_naptime")
             bench.database.execute("SELECT pg_reload_conf()")
 
 
 def _send_waves(bench: BacklogBench, backlog: Backlog, waves: int) -> None:
-    """Record one backlog after the other beside the daemon, each when the one before is out."""
+    """Record one backlog after the other beside the daemon, each when the one before is out; leave the last."""
     changes = {"journal_retention_seconds": CHURN_RETENTION_SECONDS}
     with started(relay_daemon, bench.servers, changes) as (process, pipe):
         receive(pipe, process)
         for number in range(1, waves + 1):
+            if number > 1:
+                bench.check_lanes(backlog)
+                bench.trim(backlog)
             bench.record(backlog)
             with bench.progress(f"wave {number} of {waves}", backlog):
                 while bench.published(backlog) < backlog.events:
                     time.sleep(0.01)
-            bench.check_lanes(backlog)
-            bench.trim(backlog)
         pipe.send("stop")
+
+
+def _sizes(bench: BacklogBench, backlog: Backlog, events: int) -> list[Goal]:
+    """Return the size of the journal just after a wave, and of the outbox with another in it, which is drained."""
+    sizes = [_size(bench, events, "the journal", "outbox_journal", "batch", "pg_total_relation_size")]
+    bench.check(backlog)
+    bench.trim(backlog)
+    with bench.ready("relay") as drain:
+        bench.fill(backlog, tidy=False)
+        sizes += [
+            _size(bench, events, "the outbox", "outbox", "id", "pg_table_size"),
+            _size(bench, events, "the outbox's indexes", "outbox", "id", "pg_indexes_size"),
+        ]
+        drain(backlog)
+    return sizes
 
 
 def _size(bench: BacklogBench, events: int, what: str, table: str, order: str, function: str) -> Goal:
