@@ -201,7 +201,8 @@ def relay_daemon(pipe: Connection, servers: Servers, changes: dict[str, Any] | N
     thread = threading.Thread(target=relay.run)
     thread.start()
     pipe.send("ready")
-    pipe.recv()
+    with contextlib.suppress(EOFError):  # who should tell us has gone
+        pipe.recv()
     relay.stop.set()
     thread.join()
 
