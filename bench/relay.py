@@ -1,22 +1,22 @@
-"""Measure the relay: events per second, CPU, memory and latency.
+"""Measure the relay: events per second, CPU and memory, beside the plainest loops that one would write by hand.
 
-The relay is the daemon's own code, `Relay.drain()` in a process of its own. It runs against the plainest loop
-that one would write by hand, in turn with it, on the same servers, from the same backlog:
+Three questions, each answered in turn with something plainer on the same servers, from the same backlog of mixed
+priorities and payloads of 300 bytes:
 
-    claim a batch by `DELETE ... RETURNING`  ->  XADD by redis-py's pipeline  ->  commit
+- How fast is it? Against a loop over redis-py's pipeline, and one that packs its commands itself (see `backlog.py`).
+- Does an old open transaction slow it down? Beside one that is open for the whole run, against without it. As a
+  control, the loop, whose claim reads every dead row again.
+- Does a day's work? Its rate after so many events have gone through its tables, against before, and the size of the
+  tables against a fresh copy of them.
 
-The loop promises nothing: a crash repeats its batch, a Redis that forgets loses it. The same fields go into
-the entries. After each run every entry is read back: each event exactly once, in the order of its priority.
-
-    python bench/relay.py                                  100,000 events five times, 1,000,000 twice
-    python bench/relay.py --events 20000 --runs 3          a quick look
-    python bench/relay.py --held-snapshot                  the relay beside an old open transaction
-    python bench/relay.py --latency                        from commit to stream, on an idle relay
+    python bench/relay.py                                         all three
+    python bench/relay.py --only throughput --events 20000        a quick look
+    python bench/relay.py --events 1000000 --churn 10000000       as the goals say, for an hour
 
 The servers are started for the run, or given by `--database-url` and `--redis-url`; the tables live in a
 schema of their own, and nothing else of theirs is touched. A shared machine is noisy: trust the ratio of a
 pair of runs, and the more the narrower its spread. CPU is shown in microseconds an event: of the worker, of
-its own connection's backend, of the whole PostgreSQL (with its writers and vacuum), of Redis. The peak of
+its own connections' backends, of the whole PostgreSQL (with its writers and vacuum), of Redis. The peak of
 memory is the worker's, with what this file imports beside the relay.
 """
 
@@ -24,205 +24,85 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import Any
 
-import psycopg
-import redis
+from backlog import WORKERS, Backlog, BacklogBench
 from common import (
-    LANES,
-    SOURCE,
-    STREAM,
-    Bench,
-    Meter,
+    Goal,
     Run,
     Servers,
-    Work,
     Wrong,
     about,
     add_common_options,
-    commit_singly,
+    as_dicts,
     console,
+    finish,
     given_servers,
+    goal,
     line,
-    obey,
+    ratios_of,
     receive,
     relay_daemon,
-    report,
-    save,
+    show_runs,
     started,
-    ticking,
+    turns,
 )
 
-from outbox.relay import Relay
-
-PAYLOAD_BYTES = 300
-
-# Mixed priorities, 10,007 keys, payloads of JSON that does not compress to nothing.
-FILL = """
-INSERT INTO outbox (stream, type, key, priority, payload)
-SELECT %(stream)s, 'CustomerRegistered', 'customer-' || n %% 10007,
-       (ARRAY[-100, -50, 0, 50, 100])[1 + (hashint8(n) & 65535) %% 5],
-       (head || left(repeat(md5(n::text), 10), %(bytes)s - length(head) - 2) || '"}')::json
-FROM (SELECT n, '{"n": ' || n || ', "text": "' AS head FROM generate_series(1, %(events)s) AS n) AS made
-"""
-
-# The batch size is written into the statement, so that it is planned for it.
-LOOP_CLAIM = """
-DELETE FROM outbox WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM outbox ORDER BY priority DESC, created_at, id LIMIT {batch} FOR UPDATE SKIP LOCKED))
-RETURNING id, event_id::text, type, key, priority, created_at::text, payload::text
-"""
+WAVE = 100_000  # events of the churn that wait at once
+CHURN_RETENTION_SECONDS = 10.0  # of the journal: an hour of it, as a day is to a few minutes
 
 
-# -- the two that are compared, each in a process of its own ---------------------------------------
+def throughput(bench: BacklogBench, events: int, runs: int) -> dict[str, Any]:
+    """Run the relay and both loops in turn; show and return what came out."""
+    console.print(f"\nbacklog of {events:,} events, {runs} runs of each")
+    found = _in_turn(bench, Backlog(events), runs, WORKERS)
+    show_runs(f"{events:,} events", found)
+    return {
+        "what": f"throughput, {events:,} events",
+        "goals": [
+            goal(
+                f"relay / loop of redis-py, {events:,} events",
+                ratios_of(found, "relay", "loop"),
+                at_least=1.2,
+            ),
+            goal(f"relay / raw loop, {events:,} events", ratios_of(found, "relay", "raw loop"), at_least=1.0),
+        ],
+        "runs": as_dicts(found),
+    }
 
 
-def relay_worker(pipe: Connection, servers: Servers, batch: int) -> None:
-    """Drain the outbox with the daemon's code, when told to."""
-    relay = Relay(servers.settings(batch))
-    relay.check()
-    obey(pipe, relay.drain)
-    relay.close()
+def held_snapshot(bench: BacklogBench, events: int, runs: int, control_runs: int) -> dict[str, Any]:
+    """Run beside an open transaction and undisturbed, in turn; show and return what came out."""
+    console.print(f"\nbacklog of {events:,} events, {runs} pairs of runs: a snapshot is held, or not")
+    backlog = Backlog(events)
+    found = _in_turn(bench, backlog, runs, ("relay, held", "relay"))
+    control = _in_turn(bench, backlog, control_runs, ("loop, held", "loop"))
+    show_runs(f"a held snapshot, {events:,} events", found | control)
+    return {
+        "what": f"a held snapshot, {events:,} events",
+        "goals": [
+            goal("relay, a snapshot held / not", ratios_of(found, "relay, held", "relay"), at_least=0.9),
+            goal("the control: loop, held / not", ratios_of(control, "loop, held", "loop"), at_most=0.1),
+        ],
+        "runs": as_dicts(found | control),
+    }
 
 
-def loop_worker(pipe: Connection, servers: Servers, batch: int) -> None:
-    """Drain the outbox with the plainest loop, when told to."""
-    with servers.connect("bench-loop", autocommit=False) as connection, servers.redis() as client:
-        connection.execute("SELECT 1")
-        connection.commit()
-        client.ping()
-        obey(pipe, lambda: plain_loop(connection, client, batch))
-
-
-def plain_loop(connection: psycopg.Connection, client: redis.Redis, batch: int) -> int:
-    """Claim, add, commit, until nothing is left."""
-    claim = LOOP_CLAIM.format(batch=batch)
-    done = 0
-    while rows := connection.execute(claim).fetchall():
-        rows.sort(key=lambda row: (-row[4], row[5], row[0]))
-        pipeline = client.pipeline(transaction=False)
-        for _, event_id, kind, key, priority, created_at, payload in rows:
-            pipeline.xadd(
-                STREAM if priority >= 0 else LANES[1],
-                {
-                    "specversion": "1.0",
-                    "id": event_id,
-                    "source": SOURCE,
-                    "type": kind,
-                    "time": created_at.replace(" ", "T", 1).replace("+00", "Z"),
-                    "datacontenttype": "application/json",
-                    "priority": priority,
-                    "data": payload,
-                    "correlationid": event_id,
-                    "subject": key,
-                },
-            )
-        pipeline.execute()
-        connection.commit()
-        done += len(rows)
-    connection.rollback()
-    return done
-
-
-WORKERS = {
-    "relay": (relay_worker, "outbox-relay"),
-    "loop": (loop_worker, "bench-loop"),
-}
-
-
-# -- one run ---------------------------------------------------------------------------------------
-
-
-class RelayBench(Bench):
-    """Runs that drain a backlog."""
-
-    def fill(self, events: int) -> None:
-        """Record the backlog, and leave both servers with no work of it to do."""
-        self.empty()
-        self.database.execute(FILL, {"stream": STREAM, "events": events, "bytes": PAYLOAD_BYTES})
-        self.database.execute("VACUUM (ANALYZE) outbox, outbox_relay, outbox_journal")
-        self.database.execute("CHECKPOINT")
-
-    def run(self, who: str, events: int, batch: int) -> Run:
-        """Fill, drain, check. Raises Wrong when an event is missing, repeated, or out of order."""
-        target, application = WORKERS[who]
-        with console.status(f"recording {events:,} events"):
-            self.fill(events)
-        with started(target, self.servers, batch) as (process, pipe):
-            receive(pipe, process)
-            meter = Meter(self.database, self.redis, application)
-            pipe.send("go")
-            with self._progress(f"{who} publishes", events):
-                work = receive(pipe, process)
-            run = meter.run(who, work)
-            pipe.send("bye")
-        with console.status(f"checking {events:,} entries"):
-            self.check(events, work)
-        return run
-
-    def check(self, events: int, work: Work) -> None:
-        """Read every entry back. Raises Wrong with what is amiss."""
-        left = self.database.execute("SELECT count(*) FROM outbox").fetchone()
-        if work.events != events or left != (0,):
-            raise Wrong(f"{work.events} of {events} published, left in the outbox: {left}")
-        seen = bytearray(events + 1)
-        for lane in LANES:
-            last = (-32768, 0)
-            for priority, number in _entries(self.redis, lane):
-                seen[number] += 1
-                if (-priority, number) < last or (priority < 0) != (lane == LANES[1]):
-                    raise Wrong(f"event {number} of priority {priority} is misplaced in {lane}")
-                last = (-priority, number)
-        if (lost := seen[1:].count(0)) or seen.count(1) != events:
-            raise Wrong(f"lost {lost}, repeated {events - lost - seen.count(1)}")
-
-    def _progress(self, what: str, events: int) -> contextlib.AbstractContextManager[None]:
-        return ticking(lambda: f"{what}: {sum(self.redis.xlen(lane) for lane in LANES):,} of {events:,}")
-
-
-def _entries(client: Any, lane: str) -> Iterator[tuple[int, int]]:
-    """Yield the priority and the number of each event in a lane."""
-    start = "-"
-    while page := client.xrange(lane, start, count=5000):
-        for _, fields in page:
-            data = fields[b"data"]
-            if len(data) != PAYLOAD_BYTES:
-                raise Wrong(f"a payload of {len(data)} bytes")
-            yield int(fields[b"priority"]), int(data[6 : data.index(b",")])
-        start = "(" + page[-1][0].decode()
-
-
-# -- the benchmarks --------------------------------------------------------------------------------
-
-
-def compare(bench: RelayBench, events: int, runs: int, batch: int) -> dict[str, Any]:
-    """Run relay and loop in turn; show and return what came out."""
-    console.print(f"\nbacklog of {events:,} events, batches of {batch}, {runs} pairs of runs")
-    found: dict[str, list[Run]] = {"relay": [], "loop": []}
-    for number in range(1, runs + 1):
-        for who, done in found.items():
-            done.append(bench.run(who, events, batch))
-            console.print(f"  {number}/{runs} {line(done[-1])}")
-    return report(f"{events:,} events, batches of {batch}", found, "relay", "loop")
-
-
-def held_snapshot(bench: RelayBench, events: int, runs: int, batch: int) -> dict[str, Any]:
-    """Run the relay undisturbed and beside an open transaction, in turn; show and return what came out."""
-    console.print(f"\nbacklog of {events:,} events, {runs} pairs: a snapshot is held, or not")
-    found: dict[str, list[Run]] = {"held": [], "undisturbed": []}
-    for number in range(1, runs + 1):
-        for who, done in found.items():
-            with _snapshot(bench.servers) if who == "held" else contextlib.nullcontext():
-                done.append(replace(bench.run("relay", events, batch), who=who))
-            console.print(f"  {number}/{runs} {line(done[-1])}")
-    return report(f"{events:,} events, batches of {batch}", found, "held", "undisturbed")
+def _in_turn(
+    bench: BacklogBench, backlog: Backlog, runs: int, contenders: Iterable[str]
+) -> dict[str, list[Run]]:
+    """Run each contender in turn, with a snapshot held if its name says so."""
+    found: dict[str, list[Run]] = {who: [] for who in contenders}
+    for number, who in turns(contenders, runs):
+        name, _, held = who.partition(", ")
+        with _snapshot(bench.servers) if held else contextlib.nullcontext():
+            found[who].append(replace(bench.run(name, backlog), who=who))
+        console.print(f"  {number}/{runs} {line(found[who][-1])}")
+    return found
 
 
 @contextlib.contextmanager
@@ -234,44 +114,81 @@ def _snapshot(servers: Servers) -> Iterator[None]:
         yield
 
 
-def latency(bench: Bench, seconds: float, per_second: float) -> dict[str, Any]:
-    """Commit single events beside an idle relay; show and return how long each took to its stream."""
-    count = int(seconds * per_second)
-    console.print(f"\n{count} events, {per_second:g} a second, on an idle relay")
+# -- a day's churn ---------------------------------------------------------------------------------
+
+
+def churn(bench: BacklogBench, events: int, runs: int) -> dict[str, Any]:
+    """Run before and after so many events went through the tables; show and return what came out."""
+    console.print(f"\n{events:,} events through the tables, {WAVE:,} at a time; {runs} runs before and after")
+    backlog, found = Backlog(WAVE), {}
+    found["before"] = [bench.run("relay", backlog, tidy=False) for _ in range(runs)]
     bench.empty()
-    with started(relay_daemon, bench.servers) as (process, pipe):
-        receive(pipe, process)
-        time.sleep(2)  # until it sleeps
-        arrived: dict[int, float] = {}
-        reader = threading.Thread(target=_read, args=(bench.servers, count, arrived), daemon=True)
-        reader.start()
-        with ticking(lambda: f"{len(arrived)} of {count} events have arrived"):
-            committed = commit_singly(bench.servers, count, per_second)
-            reader.join(timeout=10)
-        pipe.send("stop")
-    if len(arrived) != count:
-        raise Wrong(f"{len(arrived)} of {count} events arrived")
-    waits = sorted(max(0.0, arrived[number] - committed[number]) * 1000 for number in committed)
-    found = {
-        "p50_ms": statistics.median(waits),
-        "p99_ms": waits[int(len(waits) * 0.99)],
-        "max_ms": waits[-1],
+    with _day_in_minutes(bench):
+        _send_waves(bench, backlog, -(-events // WAVE))
+        sizes = _sizes(bench, backlog, events)
+    found["after"] = [bench.run("relay", backlog, fresh=False, tidy=False) for _ in range(runs)]
+    show_runs(f"before and after {events:,} events", found)
+    ratios = ratios_of(found, "after", "before")
+    return {
+        "what": f"churn, {events:,} events",
+        "goals": [goal(f"relay after {events:,} events / before", ratios, at_least=0.9), *sizes],
+        "runs": as_dicts(found),
     }
-    console.print("commit to stream: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
-    return {"what": "latency", "events": count, "per_second": per_second} | found
 
 
-def _read(servers: Servers, count: int, arrived: dict[int, float]) -> None:
-    """Note when each event appears in the stream."""
-    last = "0-0"
-    client: Any
-    with servers.redis() as client:
-        while len(arrived) < count:
-            for _, entries in client.xread({STREAM: last}, block=1000) or ():
-                now = time.perf_counter()
-                for entry_id, fields in entries:
-                    data, last = fields[b"data"], entry_id
-                    arrived[int(data[6 : data.index(b",")])] = now
+@contextlib.contextmanager
+def _day_in_minutes(bench: BacklogBench) -> Iterator[None]:
+    """Let autovacuum look every second, as it does every minute of a day; not at a server that is somebody's."""
+    if bench.servers.ours:
+        bench.database.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+        bench.database.execute("SELECT pg_reload_conf()")
+    try:
+        yield
+    finally:
+        if bench.servers.ours:
+            bench.database.execute("ALTER SYSTEM RESET autovacuum_naptime")
+            bench.database.execute("SELECT pg_reload_conf()")
+
+
+def _send_waves(bench: BacklogBench, backlog: Backlog, waves: int) -> None:
+    """Record one backlog after the other beside the daemon, each when the one before is out; leave the last."""
+    changes = {"journal_retention_seconds": CHURN_RETENTION_SECONDS}
+    with started(relay_daemon, bench.servers, changes) as (process, pipe):
+        receive(pipe, process)
+        for number in range(1, waves + 1):
+            if number > 1:
+                bench.check_lanes(backlog)
+                bench.trim(backlog)
+            bench.record(backlog)
+            with bench.progress(f"wave {number} of {waves}", backlog):
+                while bench.published(backlog) < backlog.events:
+                    time.sleep(0.01)
+        pipe.send("stop")
+
+
+def _sizes(bench: BacklogBench, backlog: Backlog, events: int) -> list[Goal]:
+    """Return the size of the journal just after a wave, and of the outbox with another in it, which is drained."""
+    sizes = [_size(bench, events, "the journal", "outbox_journal", "batch", "pg_total_relation_size")]
+    bench.check(backlog)
+    bench.trim(backlog)
+    with bench.ready("relay") as drain:
+        bench.fill(backlog, tidy=False)
+        sizes += [
+            _size(bench, events, "the outbox", "outbox", "id", "pg_table_size"),
+            _size(bench, events, "the outbox's indexes", "outbox", "id", "pg_indexes_size"),
+        ]
+        drain(backlog)
+    return sizes
+
+
+def _size(bench: BacklogBench, events: int, what: str, table: str, order: str, function: str) -> Goal:
+    """Return the size of a part of a table against that of a copy just made."""
+    bench.database.execute(f"CREATE TABLE fresh (LIKE {table} INCLUDING ALL)")
+    bench.database.execute(f"INSERT INTO fresh SELECT * FROM {table} ORDER BY {order}")
+    row = bench.database.execute(f"SELECT {function}('{table}')::float8 / {function}('fresh')").fetchone()
+    bench.database.execute("DROP TABLE fresh")
+    assert row is not None
+    return goal(f"{what} after {events:,} events / fresh", [row[0]], at_most=2.0)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -282,36 +199,32 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--events", type=int, nargs="+", default=[100_000, 1_000_000], help="sizes of the backlog")
-    add("--runs", type=int, nargs="+", default=[5, 2], help="pairs of runs, for each size")
-    add("--batch", type=int, default=500, help="events in a batch")
-    add("--held-snapshot", action="store_true", help="the relay beside an old open transaction")
-    add("--latency", action="store_true", help="commit to stream, on an idle relay")
-    add("--seconds", type=float, default=20, help="how long --latency writes")
-    add("--per-second", type=float, default=50, help="how much --latency writes")
+    add("--only", choices=["throughput", "held", "churn"], help="one of the three")
+    add("--events", type=int, default=200_000, help="size of the backlog")
+    add("--runs", type=int, default=5, help="runs of each")
+    add("--held-events", type=int, default=300_000, help="size of the backlog beside a held snapshot")
+    add("--held-runs", type=int, default=3, help="pairs of runs with a snapshot held, and not")
+    add("--control-runs", type=int, default=1, help="the same of the control, which is slow")
+    add("--churn", type=int, default=1_000_000, help="events that go through the tables")
+    add("--churn-runs", type=int, default=3, help="runs before and after that")
     add_common_options(parser)
     return parser.parse_args()
 
 
-def _runs(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """Yield each size of the backlog with its number of runs; the last number serves the rest."""
-    for place, events in enumerate(options.events):
-        yield events, options.runs[min(place, len(options.runs) - 1)]
-
-
 def main() -> int:
     options = _options()
-    with given_servers(options) as servers, RelayBench(servers) as bench:
+    with given_servers(options) as servers, BacklogBench(servers) as bench:
         facts = about(bench)
-        if options.latency:
-            results = [latency(bench, options.seconds, options.per_second)]
-        else:
-            measure = held_snapshot if options.held_snapshot else compare
-            for who in WORKERS:  # the first run of a fresh server is slower
-                bench.run(who, 5000, options.batch)
-            results = [measure(bench, *pair, options.batch) for pair in _runs(options)]
-        if options.save:
-            save("relay", facts, results)
+        bench.warm_up()
+        measures = {
+            "throughput": lambda: throughput(bench, options.events, options.runs),
+            "held": lambda: held_snapshot(
+                bench, options.held_events, options.held_runs, options.control_runs
+            ),
+            "churn": lambda: churn(bench, options.churn, options.churn_runs),
+        }
+        results = [measure() for name, measure in measures.items() if options.only in (None, name)]
+        finish("relay", facts, results, options.save)
     return 0
 
 

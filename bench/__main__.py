@@ -1,0 +1,87 @@
+"""Run all benchmarks, and print each figure beside its goal.
+
+    python bench                     in a quarter of an hour, or some more
+    python bench --full              from the backlogs that the goals name, in some hours
+    python bench --only relay        one of them
+    python bench --kept              nothing: show the newest figures of `bench/results/`
+
+Each benchmark brings servers of its own, and keeps what it found, with versions and machine, in `bench/results/`.
+A goal that is missed is no failure; a run that did not do what it measures is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, Goal, console, goals_of, show_goals
+from plots import show, show_summary
+
+FOLDER = Path(__file__).parent
+# The arguments of each; and those of --full.
+BENCHMARKS = {
+    "relay": (
+        ["--held-runs", "2"],
+        ["--events", "1000000", "--held-runs", "5", "--control-runs", "5", "--churn", "10000000"],
+    ),
+    "latency": ([], ["--runs", "5", "--seconds", "20"]),
+    "recording": (["--seconds", "2"], ["--seconds", "5"]),
+    "consumer": (["--seconds", "10"], []),
+    "growth": (
+        ["--runs", "2", "--backlogs", "10000", "100000", "300000"],
+        ["--runs", "5", "--backlogs", "10000", "100000", "1000000", "10000000"],
+    ),
+}
+
+
+def run(name: str, full: bool) -> Path | None:
+    """Run a benchmark; return the file of its results, None when it failed."""
+    console.rule(name)
+    before = set(RESULTS.glob(f"{name}-*.json"))
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--save", *BENCHMARKS[name][full]]
+    subprocess.run(command, check=False)
+    return max(set(RESULTS.glob(f"{name}-*.json")) - before, default=None)
+
+
+def newest_kept(name: str) -> Path | None:
+    """Return the newest file of a benchmark; their names have the date."""
+    return max(RESULTS.glob(f"{name}-*.json"), default=None)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = json.loads(path.read_text())["results"]
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=list(BENCHMARKS), nargs="+", default=list(BENCHMARKS))
+    parser.add_argument("--full", action="store_true", help="as the goals say, for hours")
+    parser.add_argument("--kept", action="store_true", help="run nothing, show what was found last")
+    options = parser.parse_args()
+    failed, goals = [], list[Goal]()
+    for name in options.only:
+        path = newest_kept(name) if options.kept else run(name, options.full)
+        if path is None:
+            failed.append(name)
+            continue
+        results = read(path)
+        goals += [row for result in results for row in goals_of(result)]
+        for chart in (chart for result in results for chart in result.get("charts", ()) if options.kept):
+            show(chart)
+    console.rule("all")
+    show_goals(goals)
+    show_summary(goals)
+    if failed:
+        console.print(f"no figures of: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
