@@ -205,6 +205,7 @@ def open_trial(
     postgres: dict[str, str],
     redis: dict[str, str],
     between: Between,
+    kind: type[Trial] = Trial,
 ) -> Iterator[Trial]:
     """Start servers and proxies for a trial, and remove them in the end."""
     chance = random.Random(seed)
@@ -219,7 +220,7 @@ def open_trial(
             proxies = (Proxy(database.port, chance), Proxy(broker.port, chance))
             for proxy in proxies:
                 stack.enter_context(proxy)
-        trial = Trial(
+        trial = kind(
             database, broker, naive=naive, times=times, within=within, chance=chance,
             between=proxies, whom=between,
             resources=stack,
