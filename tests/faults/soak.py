@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -70,12 +70,13 @@ class Effects(NamedTuple):
 class Soak(Trial):
     """A trial that goes on under one fault after the other.
 
-    `rate` is of events that commit, a second. With `leaks` its consumers are a control. `retention_seconds` is how
-    long the journal is kept, and half of it a finished entry.
+    `rate` is of events that commit, a second; `faults` are the names of those that happen. With `leaks` its
+    consumers are a control. The journal is kept for `retention_seconds`, and a finished entry for half of it.
     """
 
-    rate = RATE
+    rate: float = RATE
     leaks = False
+    faults: Sequence[str] = (*FAULTS,)
     retention_seconds = 120.0
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -193,7 +194,7 @@ class Soak(Trial):
         until = time.monotonic() + seconds
         self.lasts(seconds / 20)
         while True:
-            for name in self.chance.sample([*FAULTS], len(FAULTS)):
+            for name in self.chance.sample(self.faults, len(self.faults)):
                 self.lasts(self.chance.uniform(0.2, min(6.0, seconds / 20)))
                 if time.monotonic() >= until:
                     return
@@ -356,6 +357,7 @@ def soak_for(
     *,
     rate: float = RATE,
     seed: int = 0,
+    faults: Sequence[str] = (*FAULTS,),
     naive: bool = False,
     leaks: bool = False,
     watch: Callable[[Soak], None] = id,
@@ -365,7 +367,7 @@ def soak_for(
         naive=naive, times=0, within=START_SECONDS, seed=f"{seed} soak", postgres={}, redis=REDIS,
         between="relays", kind=Soak,
     ) as soak:  # fmt: skip
-        soak.rate, soak.leaks = rate, leaks
+        soak.rate, soak.leaks, soak.faults = rate, leaks, faults
         # So that the highest tide of the inbox, at four times the retention, is within the first third.
         soak.retention_seconds = max(20.0, min(120.0, seconds / 15))
         watch(soak)
