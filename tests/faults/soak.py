@@ -32,18 +32,28 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox import testing
 from outbox.report import Columns, Report, progress
-from tests.acceptance.harness import LANES, STREAM, Entry, RelayProcess, passed_over, wait_until
+from tests.acceptance.harness import (
+    LANES,
+    PATIENCE_SECONDS,
+    STREAM,
+    Entry,
+    RelayProcess,
+    passed_over,
+    wait_until,
+)
 from tests.faults import flat
 from tests.faults.collector import Collector
 from tests.faults.flat import Series
 from tests.faults.mixed import FAULTS
 from tests.faults.servers import ON_DISK
 from tests.faults.table import spread
-from tests.faults.trial import START_SECONDS, Outcome, Trial, open_trial
+from tests.faults.trial import Outcome, Trial, open_trial
 
 RATE = 300  # events a second
-LOOK_SECONDS = 0.25
+LOOK_SECONDS, SAMPLE_SECONDS = 1.0, 5.0
 MB = 1024 * 1024
+# Statistics do not outlive a crash, so a vacuum must be quicker than the next one.
+POSTGRES = {"autovacuum_naptime": "10s"}
 REDIS = ON_DISK | {"auto-aof-rewrite-percentage": "100"}  # or a restart takes longer each time
 DOUBT_MS = 10_000  # more than a Redis loses of what it had not written yet
 # A kill of PostgreSQL shows in a connection of the pool when it is used again.
@@ -176,10 +186,10 @@ class Soak(Trial):
         with self.consuming():
             with self.under_load(relays=2, **settings):
                 self.series = self._all_series()
-                with self._watched(every_seconds=min(2.0, seconds / 60)):
+                with self._watched(every_seconds=min(SAMPLE_SECONDS, seconds / 60)):
                     self._go_on(seconds)
             outcome = self.judge(commits_may_fail=False, journal_is_whole=False)
-            self.complain_unless(self._wait_for(self._all_consumed, START_SECONDS), "consumers are behind")
+            self.complain_unless(self._wait_for(self._all_consumed, PATIENCE_SECONDS), "consumers are behind")
             self.left = sum(self.redis.xlen(lane) for lane in LANES)
             for consumer in self.consumers:
                 consumer.process.terminate()
@@ -209,7 +219,7 @@ class Soak(Trial):
         since = int(time.time() * 1000)
         self.recovers()
         self.inflicted[name] += self.recoveries
-        consumed = self._wait_for(lambda: self._delivered_ms() >= since, START_SECONDS)
+        consumed = self._wait_for(lambda: self._delivered_ms() >= since, PATIENCE_SECONDS)
         self.complain_unless(consumed, f"{name}: nothing is consumed")
         for lasting in (self.relays[0], self.consumers[0]):
             self.complain_unless(lasting.process.poll() is None, f"{name}: a process has ended")
@@ -364,7 +374,7 @@ def soak_for(
 ) -> Verdict:
     """Run a soak on servers of its own; `watch` is given it before it starts."""
     with open_trial(
-        naive=naive, times=0, within=START_SECONDS, seed=f"{seed} soak", postgres={}, redis=REDIS,
+        naive=naive, times=0, within=PATIENCE_SECONDS, seed=f"{seed} soak", postgres=POSTGRES, redis=REDIS,
         between="relays", kind=Soak,
     ) as soak:  # fmt: skip
         soak.rate, soak.leaks, soak.faults = rate, leaks, faults
