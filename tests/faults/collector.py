@@ -45,11 +45,17 @@ class Collector:
             self._look_at_journal()
 
     def doubt(self, since_ms: int) -> None:
-        """Read again what came since then, in Unix milliseconds: Redis may have lost some of it."""
+        """Read again what came since then, in Unix milliseconds: Redis may have lost some of it.
+
+        What is older than the lane's first entry was trimmed, and not lost. Raises the errors of the driver.
+        """
         with self._lock:
-            for found in self._lanes.values():
-                while found and _milliseconds(next(reversed(found))) >= since_ms:
+            for lane, found in self._lanes.items():
+                kept = self._redis.xrange(lane, min=since_ms)
+                first = _moment(kept[0][0]) if kept else (since_ms, 0)
+                while found and _moment(next(reversed(found))) >= first:
                     found.popitem()
+                found.update((entry_id, entry_of(fields)) for entry_id, fields in kept)
 
     def _look_at(self, lane: str, found: dict[bytes, Entry]) -> None:
         while True:
@@ -67,5 +73,6 @@ class Collector:
                 self._last_batch = number
 
 
-def _milliseconds(entry_id: bytes) -> int:
-    return int(entry_id.partition(b"-")[0])
+def _moment(entry_id: bytes) -> tuple[int, int]:
+    milliseconds, _, number = entry_id.partition(b"-")
+    return int(milliseconds), int(number)

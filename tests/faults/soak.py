@@ -55,9 +55,11 @@ MB = 1024 * 1024
 # Statistics do not outlive a crash, so a vacuum must be quicker than the next one.
 POSTGRES = {"autovacuum_naptime": "10s"}
 REDIS = ON_DISK | {"auto-aof-rewrite-percentage": "100"}  # or a restart takes longer each time
-DOUBT_MS = 10_000  # more than a Redis loses of what it had not written yet
+LEAST_SECONDS = 20.0  # that an entry is kept: more than it takes to look at it again
+DOUBT_MS = 5_000  # more than a Redis loses of what it had not written yet
 # A kill of PostgreSQL shows in a connection of the pool when it is used again.
 GRACE_SECONDS = 5.0
+BEHIND_SECONDS = 10.0  # of the rate that the service makes up for after an outage
 WORSE = {
     "batch_damaged", "batches_lost", "bury_failed", "commits_lost", "consumer_bug", "entry_lost", "event_dead",
     "streams_lost",
@@ -110,7 +112,9 @@ class Soak(Trial):
         """Take turns, so that the rate is steady; a commit may fail while PostgreSQL is down."""
         with self._turns:
             turn = self._turn
-            self._turn = max(turn, time.monotonic() - 1) + len(accounts) * (not roll_back) / self.rate
+            self._turn = (
+                max(turn, time.monotonic() - BEHIND_SECONDS) + len(accounts) * (not roll_back) / self.rate
+            )
         time.sleep(max(0.0, turn - time.monotonic()))
         try:
             super()._move_all(accounts, priorities, roll_back)
@@ -181,7 +185,7 @@ class Soak(Trial):
         """Let faults happen for so long, then let everything arrive, and return what was found."""
         settings = {
             "journal_retention_seconds": self.retention_seconds,
-            "stream_retention_seconds": self.retention_seconds / 2,
+            "stream_retention_seconds": max(LEAST_SECONDS, self.retention_seconds / 2),
         }
         with self.consuming():
             with self.under_load(relays=2, **settings):
@@ -236,7 +240,8 @@ class Soak(Trial):
 
     def doubt(self, killed_at: float) -> None:
         """Look again at what arrived shortly before Redis was killed."""
-        self.collector.doubt(int(killed_at * 1000) - DOUBT_MS)
+        since_ms = int(killed_at * 1000) - DOUBT_MS
+        wait_until(lambda: quietly(lambda: self.collector.doubt(since_ms)))
 
     def _delivered_ms(self) -> int:
         """Return when the newest entry was published that a consumer has been given, in Unix milliseconds."""
@@ -379,7 +384,7 @@ def soak_for(
     ) as soak:  # fmt: skip
         soak.rate, soak.leaks, soak.faults = rate, leaks, faults
         # So that the highest tide of the inbox, at four times the retention, is within the first third.
-        soak.retention_seconds = max(20.0, min(120.0, seconds / 15))
+        soak.retention_seconds = max(LEAST_SECONDS, min(120.0, seconds / 15))
         watch(soak)
         return Verdict(soak, *soak.run(seconds))
 
