@@ -12,6 +12,7 @@ memory, descriptors, connections, tables or Redis did not stay flat (see `flat`)
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -397,7 +398,7 @@ def progress_line(soak: Soak, started: float) -> str:
         for series in soak.series[:4]
         if series.values
     )
-    return f"{minutes:5.1f} min, {soak.entries():,} events, {soak.done} faults; {now}"
+    return f"{minutes:5.1f} min, {soak.entries():,} events, {soak.done} faults; {now}; load {os.getloadavg()[0]:.0f}"
 
 
 @contextmanager
