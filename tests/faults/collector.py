@@ -52,8 +52,8 @@ class Collector:
         with self._lock:
             for lane, found in self._lanes.items():
                 kept = self._redis.xrange(lane, min=since_ms)
-                first = _moment(kept[0][0]) if kept else (since_ms, 0)
-                while found and _moment(next(reversed(found))) >= first:
+                first = moment(kept[0][0]) if kept else (since_ms, 0)
+                while found and moment(next(reversed(found))) >= first:
                     found.popitem()
                 found.update((entry_id, entry_of(fields)) for entry_id, fields in kept)
 
@@ -73,6 +73,7 @@ class Collector:
                 self._last_batch = number
 
 
-def _moment(entry_id: bytes) -> tuple[int, int]:
+def moment(entry_id: bytes) -> tuple[int, int]:
+    """Return an entry id as numbers, to be compared."""
     milliseconds, _, number = entry_id.partition(b"-")
     return int(milliseconds), int(number)
