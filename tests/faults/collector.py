@@ -44,16 +44,15 @@ class Collector:
                 self._look_at(lane, found)
             self._look_at_journal()
 
-    def doubt(self, since_ms: int) -> None:
-        """Read again what came since then, in Unix milliseconds: Redis may have lost some of it.
+    def doubt(self) -> None:
+        """Read again what the lanes still have: Redis may have lost some of it. Raises the errors of the driver.
 
-        What is older than the lane's first entry was trimmed, and not lost. Raises the errors of the driver.
+        What is older than a lane's first entry was trimmed, and not lost.
         """
         with self._lock:
             for lane, found in self._lanes.items():
-                kept = self._redis.xrange(lane, min=since_ms)
-                first = moment(kept[0][0]) if kept else (since_ms, 0)
-                while found and moment(next(reversed(found))) >= first:
+                kept = self._redis.xrange(lane)
+                while kept and found and moment(next(reversed(found))) >= moment(kept[0][0]):
                     found.popitem()
                 found.update((entry_id, entry_of(fields)) for entry_id, fields in kept)
 

@@ -21,7 +21,7 @@ from tests.acceptance.consumers import CLAIM_IDLE
 from tests.acceptance.harness import STREAM
 
 EFFECT = text("INSERT INTO effect VALUES (:event_id)")
-LEAKED_BYTES = 100_000
+LEAKED_BYTES = 300_000
 
 told = json.loads(os.environ["SOAK"])
 kept: list[Any] = []
@@ -37,6 +37,7 @@ def consumer() -> Consumer:
         sessions=sessionmaker(create_engine(told["database_url"])),
         name=told["name"],
         claim_idle=CLAIM_IDLE,
+        concurrency=4,
         inbox_retention=timedelta(seconds=1),  # for as long as Redis has the entry, and the margin
     )
     made.on_any(apply)
