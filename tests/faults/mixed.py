@@ -125,7 +125,7 @@ def postgres_killed(soak: Soak) -> None:
 def redis_killed(soak: Soak) -> None:
     soak.wait_for_publish()
     soak.broker.kill()
-    soak.broker.restart()
+    soak.restart_broker()
     soak.doubt()
 
 
@@ -133,7 +133,7 @@ def redis_tail_cut(soak: Soak) -> None:
     """Redis goes back in time by some of its newest commands."""
     soak.broker.kill()
     cut_tail(soak.broker.folder, soak.chance)
-    soak.broker.restart()
+    soak.restart_broker()
     for lane in LANES:  # the end of `events_refused` may have been among them
         if soak.redis.exists(ASIDE + lane):
             with soak.not_judged_by_priority():

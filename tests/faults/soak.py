@@ -61,6 +61,7 @@ LEAST_SECONDS = 20.0  # that an entry is kept: more than it takes to collect it
 GRACE_SECONDS = 5.0
 BEHIND_SECONDS = 10.0  # that the service makes up for after an outage, and that consumers may be behind
 LAST_SECONDS = 600  # for what is left in the end
+OUTAGES = (psycopg.Error, redis_client.RedisError, OSError)
 WORSE = {
     "batch_damaged", "batches_lost", "bury_failed", "commits_lost", "consumer_bug", "entry_lost", "event_dead",
     "streams_lost",
@@ -224,12 +225,13 @@ class Soak(Trial):
     def _inflict(self, name: str) -> None:
         try:
             FAULTS[name](self)
-        except AssertionError as error:
-            self.complain_unless(False, f"{name}: {error}")
-        self.recoveries.clear()
-        self.recovers()
-        self.inflicted[name] += self.recoveries
-        delivered = self._delivered()
+            self.recoveries.clear()
+            self.recovers()
+            self.inflicted[name] += self.recoveries
+            delivered = self._delivered()
+        except (AssertionError, *OUTAGES) as error:
+            self.complain_unless(False, f"{name}: {error!r}")
+            return
         goes_on = holds(lambda: self._delivered() > delivered, PATIENCE_SECONDS)
         self.complain_unless(goes_on, f"{name}: nothing is consumed")
         for lasting in (self.relays[0], self.consumers[0]):
@@ -244,6 +246,11 @@ class Soak(Trial):
     def entries(self) -> int:
         """Return how many entries have arrived in both lanes."""
         return len(self.collector)
+
+    def restart_broker(self) -> None:
+        """Start Redis again; blocks until it has read its log."""
+        self.broker.restart()
+        wait_until(lambda: quietly(self.redis.ping))
 
     def doubt(self) -> None:
         """Look again at what has arrived: Redis may have gone back in time."""
@@ -338,7 +345,7 @@ def quietly(look: Callable[[], object]) -> bool:
     """Look at something, and return whether that was possible: a server may be down, or have cut us off."""
     try:
         look()
-    except (psycopg.Error, redis_client.RedisError, psutil.Error, OSError):
+    except (psutil.Error, *OUTAGES):
         return False
     return True
 
