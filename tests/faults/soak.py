@@ -32,6 +32,7 @@ import redis as redis_client
 from sqlalchemy.exc import DBAPIError
 
 from outbox import testing
+from outbox.groups import DEAD
 from outbox.report import Columns, Report, progress
 from tests.acceptance.harness import (
     LANES,
@@ -203,6 +204,7 @@ class Soak(Trial):
             outcome = self.judge(commits_may_fail=False, journal_is_whole=False)
             self.complain_unless(holds(self._all_consumed, LAST_SECONDS), "consumers are behind")
             self.left = sum(self.redis.xlen(lane) for lane in LANES)
+            self.complain_unless(not self._dead_letters(), f"dead letters: {self._dead_letters()}")
             for consumer in self.consumers:
                 consumer.process.terminate()
                 status = consumer.wait_for_death()
@@ -272,6 +274,11 @@ class Soak(Trial):
         newest, groups = self.redis.xrevrange(lane, count=1), self.redis.xinfo_groups(lane)
         delivered = all(not newest or newest[0][0] == group["last-delivered-id"] for group in groups)
         return bool(groups) and delivered and not any(group["pending"] for group in groups)
+
+    def _dead_letters(self) -> int:
+        """Return how many events the relay or the consumers have given up; none should be."""
+        of_consumers = sum(self.redis.xlen(lane + DEAD) for lane in LANES)
+        return self.sql("SELECT count(*) FROM outbox_dead")[0][0] + of_consumers
 
     # -- what is watched ----------------------------------------------------------------------------------
 
