@@ -79,7 +79,11 @@ def replies_lost(soak: Soak) -> None:
 
 
 def events_refused(soak: Soak) -> None:
-    """A lane's name is taken by what is no stream; the events that were refused are due again a little later."""
+    """A lane's name is taken by what is no stream; the events that were refused are due again a little later.
+
+    Not while Redis is sent again what it has forgotten: what it refuses of that is a dead letter at once.
+    """
+    wait_until(soak.redis_stands)
     lane = soak.chance.choice(LANES)
     with soak.not_judged_by_priority():
         rename(soak, lane, ASIDE + lane, instead="no stream")

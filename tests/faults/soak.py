@@ -258,6 +258,11 @@ class Soak(Trial):
         """Look again at what has arrived: Redis may have gone back in time."""
         wait_until(lambda: quietly(self.collector.doubt))
 
+    def redis_stands(self) -> bool:
+        """Return whether Redis has all that PostgreSQL says it was given."""
+        outbox_id, batch = self.sql("SELECT outbox_id::text, batch FROM outbox_relay")[0]
+        return int(self.redis.hget(f"outbox:{outbox_id}", "batch") or 0) >= batch
+
     def _delivered(self) -> tuple[int, int]:
         """Return the entry id of the newest primary entry that a consumer has been given."""
         groups = self.redis.xinfo_groups(STREAM)
