@@ -6,7 +6,7 @@ Two relays and two consumers with the inbox run as processes; one of each lasts 
 cut off, but not killed. Journal, lanes and inbox are purged meanwhile, so what arrives is collected as it comes.
 
 Exits with 1 if an event was lost, repeated, out of order or passed over, if an effect was lost or came twice, or if
-memory, descriptors, connections, tables or Redis did not stay flat (see `flat`).
+memory, descriptors, connections, tables or Redis did not stay flat (see `flat`), or if the machine was too slow.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ LEAST_SECONDS = 20.0  # that an entry is kept: more than it takes to collect it
 # A kill of PostgreSQL shows in a connection of the pool when it is used again.
 GRACE_SECONDS = 5.0
 BEHIND_SECONDS = 10.0  # that the service makes up for after an outage, and that consumers may be behind
+NEARLY = 0.9  # of the rate must be reached
 LAST_SECONDS = 600  # for what is left in the end
 OUTAGES = (psycopg.Error, redis_client.RedisError, OSError)
 WORSE = {
@@ -86,7 +87,7 @@ class Soak(Trial):
     """A trial that goes on under one fault after the other.
 
     `rate` is of events that commit, a second; `faults` are the names of those that happen. With `leaks` its
-    consumers are a control. The journal is kept for `retention_seconds`, and a finished entry for half of it.
+    consumers are a control. The journal is kept for `retention_seconds`, a finished entry for half of it or a little more.
     """
 
     rate: float = RATE
@@ -388,12 +389,16 @@ class Verdict(NamedTuple):
         wrong |= {f"effects {name}": n for name, n in self.effects._asdict().items() if n}
         return wrong | {series.name: series.wrong() for series in self.soak.series if series.wrong()}
 
+    def rate(self) -> float:
+        """Return the events that committed, a second."""
+        return self.outcome.findings.committed / self.soak.seconds()
+
     def report(self) -> Report:
         """Return the tables of it."""
         soak, (committed, published, *faults) = self.soak, self.outcome.findings
-        names, seconds = ("lost", "repeated", "phantom", "out_of_order"), soak.seconds()
+        names = ("lost", "repeated", "phantom", "out_of_order")
         facts = {
-            "committed": f"{committed:,} events in {seconds:,.0f} s, {committed / seconds:.0f} a second",
+            "committed": f"{committed:,} events in {soak.seconds():,.0f} s, {self.rate():.0f} a second",
             "published": f"{published:,}, of which {soak.left:,} are left in the lanes",
             **dict(zip(names, faults, strict=True)),
             "passed_over": "-" if self.outcome.passed_over is None else self.outcome.passed_over,
@@ -484,6 +489,8 @@ def main(minutes: float, rate: float, seed: int | None, naive: bool, leaks: bool
     Report({"run": where}).show()
     verdict.report().show()
     wrong = verdict.wrong()
+    if verdict.rate() < NEARLY * rate:
+        wrong["too slow"] = f"{verdict.rate():.0f} events a second"
     click.echo("; ".join(f"{name}: {what}" for name, what in wrong.items()) or "nothing lost, nothing grew")
     sys.exit(bool(wrong))
 
