@@ -87,7 +87,7 @@ class Soak(Trial):
     """A trial that goes on under one fault after the other.
 
     `rate` is of events that commit, a second; `faults` are the names of those that happen. With `leaks` its
-    consumers are a control. The journal is kept for `retention_seconds`, a finished entry for half of it or a little more.
+    consumers are a control. The journal is kept for `retention_seconds`, and a finished entry for half as long.
     """
 
     rate: float = RATE
