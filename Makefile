@@ -11,7 +11,7 @@ ROLES := session session_machine domain claim relay answers refusals wakeup cli
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long clean
+.PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long soak clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ faults: $(READY) ## every fault against the relay and against a naive one, in te
 
 faults-long: $(READY) ## the same, with all the times, in hours
 	@$(BIN)/python -m tests.faults --long $(FAULTS)
+
+soak: $(READY) ## mixed faults at 300 events a second for half an hour, while nothing may grow; SOAK='--minutes 5'
+	@$(BIN)/python -m tests.faults.soak $(SOAK)
 
 bench: $(VENV)/.bench-ready ## each figure of the speed beside its goal, in a quarter of an hour; BENCH='--full', BENCH='--only relay'
 	@$(BIN)/python bench $(BENCH)

@@ -450,7 +450,12 @@ class Relay:
             self._store.count_losses(batches=1)
             return
         for place, reason in reasons.items():
-            self._store.bury(events[place], f"refused when it was sent again: {reason}", 1)
+            event = events[place]
+            self._store.bury(event, f"refused when it was sent again: {reason}", 1)
+            log.error(
+                "event %s of %s is a dead letter, it was refused when it was sent again: %s",
+                event.event_id, event.stream, reason, extra={"action": "event_dead"},
+            )  # fmt: skip
 
     # -- between steps ----------------------------------------------------------------------------------
 

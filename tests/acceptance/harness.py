@@ -58,6 +58,16 @@ class Entry(NamedTuple):
     n: int
 
 
+def entry_of(fields: Mapping[bytes, bytes]) -> Entry:
+    """Return what an entry of a lane says."""
+    return Entry(
+        fields[b"id"].decode(),
+        fields[b"subject"].decode(),
+        int(fields[b"priority"]),
+        json.loads(fields[b"data"])["n"],
+    )
+
+
 class Findings(NamedTuple):
     """What the oracle has found; all but the first two should be 0."""
 
@@ -350,12 +360,4 @@ class Harness:
         return all(told[name] == [entry.event_id for entry in self._lane(name)] for name in LANES)
 
     def _lane(self, name: str) -> list[Entry]:
-        return [
-            Entry(
-                entry[b"id"].decode(),
-                entry[b"subject"].decode(),
-                int(entry[b"priority"]),
-                json.loads(entry[b"data"])["n"],
-            )
-            for _, entry in self.redis.xrange(name)
-        ]
+        return [entry_of(fields) for _, fields in self.redis.xrange(name)]

@@ -33,13 +33,16 @@ def cut_tail(folder: Path, chance: random.Random, inside: bool = False) -> None:
 
 
 def read(log: bytes) -> list[Unit]:
-    """Return the units of a log, in order."""
+    """Return the units of a log, in order, without a command at its end that a kill has torn."""
     units: list[Unit] = []
     commands: list[int] = []
     place, within = 0, False
     while place < len(log):
         start = place
-        place, word = _command(log, place)
+        try:
+            place, word = _command(log, place)
+        except ValueError:
+            break
         commands.append(start)
         within = word == b"MULTI" or (within and word != b"EXEC")
         if not within:
@@ -55,7 +58,7 @@ def _command(log: bytes, place: int) -> tuple[int, bytes]:
     for _ in range(parts):
         length, place = _number(log, place)
         words.append(log[place : place + length])
-        place += length + 2
+        place = log.index(b"\r\n", place + length) + 2
     return place, words[0].upper()
 
 

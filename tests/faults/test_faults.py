@@ -115,6 +115,12 @@ def test_a_log_of_redis_is_read_unit_by_unit():
     assert [len(unit.commands) for unit in read(log)] == [1, 4, 1]
 
 
+def test_a_command_that_a_kill_has_torn_is_no_unit():
+    single = b"*2\r\n$3\r\nDEL\r\n$1\r\na\r\n"
+    for end in range(len(single)):
+        assert [unit.end for unit in read(single + single[:end])] == [len(single)]
+
+
 # -- the proxy -------------------------------------------------------------------------------------------------
 
 
