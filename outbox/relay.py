@@ -64,6 +64,26 @@ CATCH_UP = 100  # journal batches that are sent again in one step
 URGENT_SECONDS = 1.0  # after an event that came with a higher priority than a backlog, another is expected
 
 
+class Pace(NamedTuple):
+    """How long a step takes in a backlog, in seconds: whatever its batch, and for each event of it."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def seen(self, fixed: float, each: float) -> Pace:
+        """Return the pace after one more step."""
+        if not self.each:
+            return Pace(fixed, each)
+        return Pace(self.fixed + 0.2 * (fixed - self.fixed), self.each + 0.2 * (each - self.each))
+
+    def rows(self, seconds: float) -> int:
+        """Return the size of a batch that takes so long; two thirds of the time are for its events, at least.
+
+        A smaller one would hardly be faster where the step itself is slow: a slow disk, a far or busy server.
+        """
+        return int(max(seconds - self.fixed, 2 * self.fixed) / self.each) if self.each else 0
+
+
 class Prepared(NamedTuple):
     """What was claimed ahead: the events, those that can be published, those that cannot, and the batch."""
 
@@ -98,7 +118,7 @@ class Relay:
         self._trace = Trace(settings.trace)
         self._prepared = Prepared([], [], [], EMPTY)
         self._urgent_until = 0.0  # by the monotonic clock
-        self._pace = 0.0  # events a second, while there is a backlog
+        self._pace = Pace()
         self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._housekeeper = Housekeeper(settings, self.stop)
         self._behind_again = 0.0  # when to look behind what waits, by the monotonic clock
@@ -194,7 +214,9 @@ class Relay:
             if not isinstance(answer, Added):
                 return self._recover(lead, answer)
             self._in_doubt = None
+        goes_on = self._store.goes_on()
         events = self._claim(lead, rows)
+        claimed = time.monotonic()
         if not events:
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()
@@ -218,9 +240,14 @@ class Relay:
             batch = self._encode(published)
         self._store.record_batch(lead.batch + 1, len(published), batch.body)
         self._put_back(faulty + refused)
+        worked = time.monotonic()
         self._commit(lead, {lead.batch + 1: batch.ids})
         self.published += len(published)
-        self._measure(len(events), rows, started)
+        if self._store.overtaken:
+            self._urgent_until = worked + URGENT_SECONDS
+        if goes_on:
+            fixed = claimed - started + time.monotonic() - worked
+            self._pace = self._pace.seen(fixed, (worked - claimed) / len(events))
         return len(events)
 
     def _rows(self) -> int:
@@ -231,14 +258,7 @@ class Relay:
         most = self._settings.batch_size
         if time.monotonic() > self._urgent_until:
             return most
-        return min(most, max(1, most // 10, int(self._pace * self._settings.batch_seconds)))
-
-    def _measure(self, events: int, rows: int, started: float) -> None:
-        now = time.monotonic()
-        if self._store.overtaken:
-            self._urgent_until = now + URGENT_SECONDS
-        if events >= rows:
-            self._pace += 0.2 * (events / max(now - started, 1e-6) - self._pace)
+        return min(most, max(1, most // 10, self._pace.rows(self._settings.batch_seconds)))
 
     def _claim(self, lead: Lead, rows: int) -> list[Waiting]:
         """Claim a batch, of what need not wait until Redis has room again."""

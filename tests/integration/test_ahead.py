@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from outbox.errors import Unavailable
+from outbox.relay import Pace
 from outbox.store import Store
 from tests.integration.box import after, before
 
@@ -238,9 +239,10 @@ def test_under_an_old_snapshot_claims_ahead_do_not_read_the_dead_rows_again(box)
         assert positions == [0, 4000]
 
 
-def test_batches_are_small_while_urgent_events_keep_coming(box):
-    relay = box.relay(batch_size=20, batch_seconds=0.0)
+def test_batches_are_small_while_urgent_events_keep_coming(box, monkeypatch):
+    relay = box.relay(batch_size=20)
     relay._store._from_top_at = float("inf")
+    monkeypatch.setattr(Pace, "rows", lambda pace, seconds: 3)
     for n in range(70):
         box.add(str(n), priority=-100)
     relay.run_once(ahead=True)
@@ -248,8 +250,16 @@ def test_batches_are_small_while_urgent_events_keep_coming(box):
     relay.run_once(ahead=True)
     for _ in range(3):
         relay.run_once(ahead=True)
-    assert sizes(box) == [20, 21, 20, 2, 2]
+    assert sizes(box) == [20, 21, 20, 3, 3]
     relay._urgent_until = 0.0
     relay._store.rollback()
     relay.run_once()
-    assert sizes(box)[5:] == [6]
+    assert sizes(box)[5:] == [4]
+
+
+def test_a_batch_takes_the_time_that_it_should_but_is_never_mostly_overhead():
+    assert Pace(fixed=1.0, each=0.5).rows(seconds=8.0) == 14
+    assert Pace(fixed=4.0, each=0.5).rows(seconds=8.0) == 16
+    assert Pace().rows(seconds=8.0) == 0
+    assert Pace().seen(1.0, 0.5) == (1.0, 0.5)
+    assert Pace(1.0, 0.5).seen(2.0, 1.0) == pytest.approx((1.2, 0.6))
