@@ -217,6 +217,10 @@ class Relay:
         goes_on = self._store.goes_on()
         events = self._claim(lead, rows)
         claimed = time.monotonic()
+        if self._store.swamped:
+            # What was claimed ahead must wait: more urgent events have come than go into a batch.
+            self._store.rollback()
+            return self._step(ahead)
         if not events:
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()

@@ -329,6 +329,7 @@ class Store:
         self._ahead: Ahead | None = None
         self._ahead_again = 0.0  # when to claim ahead again, after that has failed
         self.overtaken = False  # the last claim found more urgent events than had been claimed ahead
+        self.swamped = False  # and there may be more of them than go into a batch
         self._statements: dict[tuple[str, ...], sql.Composed] = {}
         self._positions = Positions()
         self._full = False  # there was more than the last claim could take
@@ -367,18 +368,19 @@ class Store:
 
         They come in order: highest priority, then oldest, then lowest id. While any event is refused,
         those that must wait for one of their key are passed over; so is what is to `pause`. What was claimed
-        ahead comes with all of a higher priority that has come since.
+        ahead comes with all of a higher priority that has come since; where that may not be all, `swamped` is
+        set, and the step must be rolled back.
         """
         with self._translated():
             ahead, self._ahead = self._ahead, None
+            self.overtaken = self.swamped = False
             if not ahead:
-                self.overtaken = False
                 return self._claim(self._connected(), lead, rows, size, pause)
             limits = _limits(rows, size, pause)
             above = self._positions.parameters(above=ahead.events[-1].priority)
             urgent = self._claimed(self._connected(), lead.refused, above | limits)
-            self.overtaken = bool(urgent)
             self._positions.advance(events := in_order(row[1:] for row in urgent))
+            self.overtaken, self.swamped = bool(urgent), _is_full(events, rows, size)
             return sort(events + ahead.events) if urgent else ahead.events
 
     def claim_ahead(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
@@ -432,7 +434,7 @@ class Store:
             self._from_top_at = time.monotonic() + 19 * (time.monotonic() - started)
         events = in_order(row[1:] for row in found)
         since = found[0][0] if found else EVER
-        self._full = len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
+        self._full = _is_full(events, rows, size)
         self._positions.moved(lead, events, since, events[-1].priority if self._full else pause.floor)
         self._refused_before, self._paused_before = lead.refused, pause.lanes
         return events
@@ -770,6 +772,11 @@ def sort(events: list[Waiting]) -> list[Waiting]:
     events.sort(key=attrgetter("created_at", "id"))
     events.sort(key=attrgetter("priority"), reverse=True)
     return events
+
+
+def _is_full(events: Sequence[Waiting], rows: int, size: int) -> bool:
+    """Return whether a claim may have left something: it has come to one of its limits."""
+    return len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
 
 
 def _limits(rows: int, size: int, pause: Pause) -> dict[str, Any]:

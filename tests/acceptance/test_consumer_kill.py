@@ -52,7 +52,8 @@ def test_without_the_inbox_nothing_is_lost_either(consumers):
 
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_a_point_of_an_event(consumers, point):
-    of_primary = 1300 if point == "after an ask" else 100  # it asks once a page is full
+    # It asks once a page is full, and acks every 50 ms.
+    of_primary = 1300 if point in ("after an ask", "after the ack") else 100
     consumers.publish(of_primary)
     consumers.publish(20, "s:backfill")
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -26,13 +27,14 @@ def box(database_url: str, redis_url: str) -> Iterator[Box]:
 
 
 @pytest.fixture
-def invoke(variables: dict[str, str]) -> Invoke:
+def invoke(variables: dict[str, str]) -> Iterator[Invoke]:
     """Run a command in this process, against the servers of the test."""
 
     def run(*arguments: str, **env: str) -> Result:
         return CliRunner().invoke(cli.cli, arguments, env=variables | env, prog_name="outbox-relay")
 
-    return run
+    yield run
+    logging.getLogger("alembic").setLevel(logging.NOTSET)  # which `--debug migrate` has changed
 
 
 @pytest.fixture
