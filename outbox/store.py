@@ -55,16 +55,17 @@ CHANNEL = "outbox"
 APPLICATION = "outbox-relay"
 PREPARE_AFTER = 5  # executions of a statement
 
-# The plan of a queue must not depend on statistics that were gathered while it was empty: the claim walks
-# its index. A relay that is frozen or cut off loses its lock by the timeouts. A commit of the relay is
-# durable whatever the role's default, or a crash of PostgreSQL would leave Redis ahead of it.
+# The plan of a queue must not depend on statistics that were gathered while it was empty: the claim walks its
+# index. It is the same whatever the parameters, and is not made anew for each. A relay that is frozen or cut off
+# loses its lock by the timeouts. A commit of the relay is durable whatever the role's default, or a crash of
+# PostgreSQL would leave Redis ahead of it.
 BEGIN: LiteralString = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SELECT set_config(name, setting, true) FROM (VALUES
     ('idle_in_transaction_session_timeout', '{idle_ms}'), ('statement_timeout', '{statement_ms}'),
     ('tcp_user_timeout', '{idle_ms}'), ('TimeZone', 'UTC'), ('DateStyle', 'ISO'),
     ('enable_seqscan', 'off'), ('enable_bitmapscan', 'off'), ('enable_sort', 'off'), ('jit', 'off'),
-    ('max_parallel_workers_per_gather', '0'),
+    ('max_parallel_workers_per_gather', '0'), ('plan_cache_mode', 'force_generic_plan'),
     ('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'))
 ) AS settings (name, setting);
 """
