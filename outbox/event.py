@@ -267,6 +267,8 @@ def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int)
         raise InvalidEvent(f"{name}: {error}") from error
     if "\\u0000" in text or text.count("{") + text.count("[") > max_depth:
         _raise_fault(payload, name, max_depth)
+    if text == "null":
+        raise InvalidEvent(f"{name}: null is no payload")
     if size > max_bytes:
         raise InvalidEvent(f"{name}: {size} bytes are more than the {max_bytes} that an event may have")
     return text
@@ -382,6 +384,9 @@ def _check_moment(moment: datetime | None) -> datetime | None:
 def _encode_headers(headers: Mapping[str, str] | None) -> str | None:
     """Return the headers as JSON, with those that tell of the event's cause and of the current trace."""
     carried = headers_of_cause() | current_trace()
+    for name, value in carried.items():  # somebody else may have written the entry that they are of
+        if fault := _text_fault(value):
+            raise InvalidEvent(f"headers.{name}: {fault}")
     if headers is not None:
         carried |= _check_headers(headers)
     if not carried:

@@ -151,6 +151,7 @@ class Relay:
                 self._recovered()
                 if not moved:
                     self._rest()
+        self._store.rollback()  # what was claimed ahead is for others now
         housekeeper.join(timeout=1)
         self.close()
 
@@ -177,6 +178,7 @@ class Relay:
             if not moved:
                 self._store.forget_positions()
                 self.stop.wait(0.05)
+        self._store.rollback()
         return self.published
 
     def run_once(self, *, ahead: bool = False) -> int:

@@ -2,8 +2,8 @@
 
 What has been recorded waits in the session until its next flush, and is inserted by that flush after the
 business rows: the writers of one key take turns on those, so their events are numbered in turn. From then on
-PostgreSQL undoes and keeps it, savepoints included. A session that would have nothing else to flush gets a
-pending object of ours, so that it flushes before a savepoint, a commit, or a query.
+PostgreSQL undoes and keeps it, savepoints included. Until then it is a pending object of the session that
+makes sure of the flush, before a savepoint, a commit, or a query, whatever becomes of the session's others.
 
 An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
 become its own again with it, and are recorded when it is added or merged once more.
@@ -114,22 +114,25 @@ class _Recorder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._waiting: list[Recorded] = []  # since the last flush
+        self._dirt: _Dirt | None = None
         # Events of objects in this transaction, in order, and how many there were at each savepoint.
         self._owned: list[tuple[_Own, weakref.ref[Any]]] = []
         self._marks: dict[SessionTransaction, int] = {}
 
     def add(self, row: Recorded) -> None:
         """Have the row inserted with the next flush."""
+        if not self._session._flushing and (self._dirt is None or self._dirt not in self._session):
+            dirt = _Dirt()
+            self._session.add(dirt)
+            self._dirt = dirt
         self._waiting.append(row)
-        if self._session._is_clean():
-            self._session.add(_Dirt())
 
     def take(self, own: _Own, owner: Any) -> None:
         """Add an event of an object, unless a session has it already."""
         if not own.taken:
+            self.add(own.row)
             own.taken = True
             self._owned.append((own, weakref.ref(owner)))
-            self.add(own.row)
 
     def mark(self, savepoint: SessionTransaction) -> None:
         """Note where a savepoint begins. What still waits was recorded before it, and is inserted before it."""
@@ -143,7 +146,7 @@ class _Recorder:
             self._insert(self._session.connection(bind_arguments={"clause": outbox}))
 
     def _insert(self, connection: Connection) -> None:
-        rows, self._waiting = self._waiting, []
+        rows, self._waiting, self._dirt = self._waiting, [], None
         for start in range(0, len(rows), PAGE):
             connection.execute(INSERT, {"events": _json(rows[start : start + PAGE])})
 
@@ -206,8 +209,16 @@ def _json(rows: Sequence[Recorded]) -> str:
         [
             row._asdict() | {"payload": raw(row.payload), "headers": row.headers and raw(row.headers)}
             for row in rows
-        ]
+        ],
+        enc_hook=_plain,
     ).decode()
+
+
+def _plain(value: Any) -> Any:
+    """Return what a column holds for a value of a subclass, which the encoder does not know."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return value.isoformat() if isinstance(value, datetime) else int(value)
 
 
 def _sync_session(session: Any) -> Session:
@@ -241,7 +252,8 @@ def _on_flush(session: Session, context: Any) -> None:
 def _before_commit(session: Session) -> None:
     """Insert what `expunge_all` has kept from the flush, after the rows that the commit would flush."""
     if recorder := session.info.get(INFO):
-        session.flush()
+        if not session._flushing:  # a savepoint within a hook of a flush
+            session.flush()
         recorder.insert()
 
 

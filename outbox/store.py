@@ -71,10 +71,14 @@ SELECT set_config(name, setting, true) FROM (VALUES
 """
 LOCK: LiteralString = "SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED"
 
-# A claim ahead may meet rows of another relay's; it must neither pass them nor hold up the step beside it.
-NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100"
+# A claim ahead may meet rows of another relay's; it must neither pass them nor hold up the step beside it, whose
+# transaction is idle meanwhile.
+NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100; SET LOCAL statement_timeout = {ahead_ms}"
 # Nobody has led since the claim, or what it claimed may have to wait for an event that was refused.
-GO_ON: LiteralString = "SELECT FROM {relay} WHERE partition = 0 AND batch = %s FOR UPDATE SKIP LOCKED"
+GO_ON: LiteralString = """
+SELECT set_config('lock_timeout', NULL, true), set_config('statement_timeout', '{statement_ms}', true)
+FROM {relay} WHERE partition = 0 AND batch = %s FOR UPDATE SKIP LOCKED
+"""
 
 # A statement of its own after the lock: its snapshot has all that the leader before has committed.
 LEAD: LiteralString = """
@@ -377,6 +381,8 @@ class Store:
             self.overtaken = self.swamped = False
             if not ahead:
                 return self._claim(self._connected(), lead, rows, size, pause)
+            if pause.lanes != self._paused_before:
+                self._positions.forget()
             limits = _limits(rows, size, pause)
             above = self._positions.parameters(above=ahead.events[-1].priority)
             urgent = self._claimed(self._connected(), lead.refused, above | limits)
@@ -388,19 +394,23 @@ class Store:
         """Claim what follows this step's claim, if that was full, for the next step to go on with.
 
         Its transaction sees nothing of this step's, which is open yet: what that one puts back gives up the claim
-        ahead. One that fails, or finds nothing, is given up too. Raises nothing of PostgreSQL's.
+        ahead. One that fails, or finds nothing, is given up too. While an event waits for its retry, there is none:
+        in the transaction that has claimed it, what must wait for it would be free. Raises nothing of PostgreSQL's.
         """
         now = time.monotonic()
-        if not self._full or now < self._ahead_again or now >= self._from_top_at:
+        if not self._full or lead.refused or now < self._ahead_again or now >= self._from_top_at:
             return []
         try:
             self._spare = self._spare or self._connect()
             self._begin(self._spare, NO_LONG_WAIT)
             seen = Lead._make(self._spare.execute(self._sql(LEAD)).fetchall()[0])
-            events = self._claim(self._spare, seen, rows, size, NO_PAUSE, mine=lead.xid)
-            self._ahead = Ahead(lead.batch + 1, events)
+            if not seen.refused:
+                events = self._claim(self._spare, seen, rows, size, NO_PAUSE, mine=lead.xid)
+                self._ahead = Ahead(lead.batch + 1, events)
         except (psycopg.Error, UnicodeDecodeError, OutboxError):
-            self._ahead_again = now + 1
+            self._ahead_again = time.monotonic() + 1
+        if time.monotonic() - now > self._idle_ms / 2000:  # a pool that is full, say
+            self._ahead_again = time.monotonic() + 60
         if self._ahead and self._ahead.events:
             return self._ahead.events
         self._give_up_ahead()
@@ -484,6 +494,7 @@ class Store:
         columns = zip(*(_put_back_row(back) for back in events), strict=True)
         if parameters := [list(column) for column in columns]:
             self._run(PUT_BACK, parameters)
+            self.forget_positions()  # these are behind them
             if self._ahead:  # in it may be what must wait for these
                 self._give_up_ahead()
 
@@ -531,6 +542,7 @@ class Store:
             if connection is not None:
                 connection.close()
         self._connection = self._spare = self._ahead = None
+        self.forget_positions()
 
     # -- beside the step --------------------------------------------------------------------------------
 
@@ -660,6 +672,7 @@ class Store:
                 size=sql.SQL(SIZE),
                 idle_ms=sql.Literal(self._idle_ms),
                 statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
+                ahead_ms=sql.Literal(self._idle_ms // 3),
             )
         return self._statements[query, due]
 
@@ -777,7 +790,9 @@ def sort(events: list[Waiting]) -> list[Waiting]:
 
 def _is_full(events: Sequence[Waiting], rows: int, size: int) -> bool:
     """Return whether a claim may have left something: it has come to one of its limits."""
-    return len(events) == rows or sum(len(event.payload.encode()) + 8 for event in events) >= size
+    if len(events) == rows:
+        return True
+    return sum(len(f"{event.payload}{event.headers or ''}".encode()) + 16 for event in events) >= size
 
 
 def _limits(rows: int, size: int, pause: Pause) -> dict[str, Any]:

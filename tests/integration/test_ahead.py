@@ -169,6 +169,47 @@ def test_what_is_behind_an_event_with_a_fault_is_given_back(box, relay):
     assert (box.lane(), box.waiting()) == (["a"], ["faulty", "behind it", "b"])
 
 
+def test_nothing_is_claimed_ahead_while_an_event_waits_for_its_retry(box, relay):
+    """Once it is claimed itself, what must wait for it would be free, and go first where its priority is higher."""
+    for name in "ab":
+        box.add(name)
+    box.add("retry", key="k", priority=-50, attempts=1)
+    box.add("behind it", key="k", priority=50)
+    assert step(relay) == []
+    relay.drain()
+    assert sizes(box) == [2, 1, 1]
+
+
+def test_a_connection_that_is_closed_between_steps_leaves_nothing_behind_the_positions(box, relay):
+    for name in "abcdef":
+        box.add(name)
+    assert step(relay) == ["c", "d"]
+    relay._store.close()
+    relay._store._from_top_at = float("inf")
+    relay.drain()
+    assert box.lane() == list("abcdef")
+
+
+def test_what_is_held_behind_an_event_that_dies_at_once_is_not_left_behind(box):
+    relay = box.relay(batch_size=2, max_attempts=1)
+    relay.run_once()
+    relay._store._from_top_at = float("inf")
+    box.add("faulty", headers='{"no such name": 1}', key="k")
+    for name in "abc":
+        box.add(name, key="k")
+    relay.drain()
+    assert box.lane() == ["a", "b", "c"]
+
+
+def test_a_pool_that_is_full_is_not_tried_again_at_each_step(box, relay):
+    for name in "abcdef":
+        box.add(name)
+    relay.check()
+    relay._store._idle_ms = 0
+    assert step(relay) == ["c", "d"]
+    assert step(relay) == []
+
+
 def test_a_new_connection_to_redis_gives_the_claim_back_before_anything_is_recovered(box, relay):
     """What is recovered is committed: with the claim in the same transaction, its events would be lost."""
     box.add("first")

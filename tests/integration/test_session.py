@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Column, ForeignKey, String, Table, event, insert, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -382,6 +382,68 @@ def test_the_priority_is_that_of_the_scope_at_the_time_of_recording(engine, sess
     with processing_priority(Priority.HIGH):
         session.commit()
     assert [row.priority for row in rows(engine)] == [-50, 100, 7]
+
+
+def test_what_a_late_hook_of_a_commit_publishes_and_then_expires_is_recorded(engine, session):
+    customer = Customer(id="c1", name="Ada")
+    session.add(customer)
+    session.commit()
+
+    @event.listens_for(session, "before_commit", once=True)
+    def publish_late(session):
+        customer.name = "Eve"
+        publish(session, CustomerRegistered("c1", "Eve"))
+        session.expire(customer)
+
+    session.connection()
+    session.commit()
+    assert keys(engine) == ["c1"]
+
+
+def test_a_savepoint_within_a_hook_of_a_flush_is_fine(engine, session):
+    @event.listens_for(session, "after_flush", once=True)
+    def use_savepoint(session, context):
+        with session.begin_nested():
+            session.execute(text("SELECT 1"))
+
+    session.add(Customer(id="c1", name="Ada"))
+    publish(session, CustomerRegistered("c1", "Ada"))
+    session.commit()
+    assert keys(engine) == ["c1"]
+
+
+def test_a_session_that_cannot_begin_records_nothing(engine):
+    with Session(engine, autobegin=False) as session:
+        with pytest.raises(InvalidRequestError, match="[Aa]utobegin"):
+            publish(session, CustomerRegistered("c1", "Ada"))
+        with session.begin():
+            publish(session, CustomerRegistered("c2", "Eve"))
+    assert keys(engine) == ["c2"]
+
+
+def test_subclasses_of_what_a_column_holds_are_stored_as_what_they_are(engine, session):
+    class Word(str):
+        pass
+
+    class Number(int):
+        pass
+
+    class Moment(datetime):
+        pass
+
+    at = Moment(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+    publish(
+        session,
+        {"n": 1},
+        type=Word("Note"),
+        stream=Word("s"),
+        key=Word("k"),
+        priority=Number(7),
+        available_at=at,
+    )
+    session.commit()
+    (row,) = rows(engine)
+    assert (row.type, row.stream, row.key, row.priority, row.available_at) == ("Note", "s", "k", 7, at)
 
 
 def test_ids_are_in_the_order_of_recording(engine, session):

@@ -96,6 +96,7 @@ def test_headers_count_among_the_bytes_of_a_batch(box, store):
     for name in "abc":
         box.add(name, headers=headers)
     assert claim(store, size=20_000) == ["a"]
+    assert store._full
 
 
 def test_a_service_that_made_the_tables_itself_gets_the_leaders_row(box):
