@@ -181,8 +181,8 @@ def test_nothing_is_claimed_ahead_while_an_event_waits_for_its_retry(box, relay)
 
 
 def test_a_connection_that_is_closed_between_steps_leaves_nothing_behind_the_positions(box, relay):
-    for name in "abcdef":
-        box.add(name)
+    for day, name in enumerate("abcdef", start=1):
+        box.add(name, created_at=f"2026-01-0{day}")
     assert step(relay) == ["c", "d"]
     relay._store.close()
     relay._store._from_top_at = float("inf")
@@ -194,9 +194,9 @@ def test_what_is_held_behind_an_event_that_dies_at_once_is_not_left_behind(box):
     relay = box.relay(batch_size=2, max_attempts=1)
     relay.run_once()
     relay._store._from_top_at = float("inf")
-    box.add("faulty", headers='{"no such name": 1}', key="k")
-    for name in "abc":
-        box.add(name, key="k")
+    box.add("faulty", headers='{"no such name": 1}', key="k", created_at="2026-01-01")
+    for day, name in enumerate("abc", start=2):
+        box.add(name, key="k", created_at=f"2026-01-0{day}")
     relay.drain()
     assert box.lane() == ["a", "b", "c"]
 
