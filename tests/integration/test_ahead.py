@@ -197,7 +197,8 @@ def test_what_is_held_behind_an_event_that_dies_at_once_is_not_left_behind(box):
     box.add("faulty", headers='{"no such name": 1}', key="k", created_at="2026-01-01")
     for day, name in enumerate("abc", start=2):
         box.add(name, key="k", created_at=f"2026-01-0{day}")
-    relay.drain()
+    while relay.run_once():
+        continue
     assert box.lane() == ["a", "b", "c"]
 
 
