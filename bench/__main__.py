@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Goal, console, goals_of, show_goals
+from common import RESULTS, Goal, console, show_goals
 from plots import show, show_summary
 
 FOLDER = Path(__file__).parent
@@ -72,7 +72,7 @@ def main() -> int:
             failed.append(name)
             continue
         results = read(path)
-        goals += [row for result in results for row in goals_of(result)]
+        goals += [row for result in results for row in result["goals"]]
         for chart in (chart for result in results for chart in result.get("charts", ()) if options.kept):
             show(chart)
     console.rule("all")

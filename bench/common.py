@@ -356,7 +356,7 @@ def report(
     return {
         "what": f"{ours} / {other}, {what}",
         "ratio": statistics.median(ratios),
-        "goal": at_least,
+        "goals": [] if at_least is None else [goal(f"{ours} / {other}, {what}", ratios, at_least=at_least)],
         "ratios": ratios,
         "runs": as_dicts(found),
     }
@@ -456,16 +456,6 @@ def goal(
     )
 
 
-def goals_of(result: dict[str, Any]) -> list[Goal]:
-    """Return the goals of a result: its `goals`, or the one of a result that is a single ratio or rate."""
-    if "goals" in result:
-        return list(result["goals"])
-    if result.get("goal") is None:
-        return []
-    values = result.get("ratios") or [run["rate"] for run in result["runs"]]
-    return [goal(result["what"], values, at_least=result["goal"])]
-
-
 def is_met(row: Goal) -> bool | None:
     """Return whether a goal is met, None if there is none."""
     if row["at_least"] is not None:
@@ -499,7 +489,7 @@ def number(value: float) -> str:
 
 def finish(bench: str, facts: dict[str, Any], results: list[dict[str, Any]], keep: bool) -> None:
     """Show the goals of all results, and keep what was found if wanted."""
-    if goals := [row for result in results for row in goals_of(result)]:
+    if goals := [row for result in results for row in result["goals"]]:
         show_goals(goals)
     if keep:
         save(bench, facts, results)
@@ -524,9 +514,21 @@ def given_servers(options: argparse.Namespace) -> Iterator[Servers]:
         yield Servers(database, cache, ours)
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `given_servers` and of `save`."""
+def run_command(main: Callable[[], int]) -> None:
+    """Run a benchmark's command and end with its status; a run that is not valid ends it with a sentence."""
+    try:
+        sys.exit(main())
+    except Wrong as wrong:
+        sys.exit(f"the run is not valid: {wrong}")
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of `given_servers` and of `save`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--database-url", help="a PostgreSQL to use, in a schema of its own")
     add("--redis-url", help="a Redis to use, with keys of its own")
     add("--save", action="store_true", help="write bench/results/<benchmark>-<date>.json")
+    return parser

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -38,7 +37,6 @@ from common import (
     Work,
     Wrong,
     about,
-    add_common_options,
     commit_singly,
     console,
     finish,
@@ -46,9 +44,11 @@ from common import (
     goal,
     line,
     obey,
+    parser_of,
     receive,
     relay_daemon,
     report,
+    run_command,
     started,
     ticking,
 )
@@ -275,9 +275,7 @@ def _waits(bench: ConsumerBench, queued: int, count: int, per_second: float) -> 
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--only", choices=["latency", "throughput", "inbox"], help="one of the three")
     add("--events", type=int, default=50_000, help="events of a run; a tenth of it with the inbox")
@@ -285,7 +283,6 @@ def _options() -> argparse.Namespace:
     add("--backfill", type=int, default=100_000, help="backfill events queued")
     add("--seconds", type=float, default=20, help="how long primary events are committed")
     add("--per-second", type=float, default=50, help="how many are")
-    add_common_options(parser)
     return parser.parse_args()
 
 
@@ -304,7 +301,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Wrong as wrong:
-        sys.exit(f"the run is not valid: {wrong}")
+    run_command(main)

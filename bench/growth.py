@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,9 +29,7 @@ from common import (
     Run,
     Servers,
     Work,
-    Wrong,
     about,
-    add_common_options,
     as_dicts,
     console,
     cpu_seconds,
@@ -40,8 +37,10 @@ from common import (
     given_servers,
     goal,
     line,
+    parser_of,
     receive,
     relay_daemon,
+    run_command,
     show_runs,
     started,
     turns,
@@ -226,9 +225,7 @@ def _time_published(bench: BacklogBench, backlog: Backlog) -> tuple[int, float]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--only", choices=list(MEASURES), help="one of them")
     add("--runs", type=int, default=3, help="runs of each point")
@@ -239,7 +236,6 @@ def _options() -> argparse.Namespace:
         default=[10_000, 100_000, REFERENCE],
         help="sizes of the backlog; 10000000 takes some ten minutes a run, and 6 GB of Redis",
     )
-    add_common_options(parser)
     return parser.parse_args()
 
 
@@ -259,7 +255,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Wrong as wrong:
-        sys.exit(f"the run is not valid: {wrong}")
+    run_command(main)

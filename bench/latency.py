@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -26,14 +25,15 @@ from common import (
     Servers,
     Wrong,
     about,
-    add_common_options,
     commit_singly,
     console,
     finish,
     given_servers,
     goal,
+    parser_of,
     receive,
     relay_daemon,
+    run_command,
     started,
     ticking,
 )
@@ -132,14 +132,11 @@ def _read(servers: Servers, count: int, arrived: dict[int, float]) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--runs", type=int, default=3, help="runs beside an idle relay, and beside a busy one")
     add("--seconds", type=float, default=10, help="how long a run commits events")
     add("--per-second", type=float, default=50, help="how many")
-    add_common_options(parser)
     return parser.parse_args()
 
 
@@ -154,7 +151,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Wrong as wrong:
-        sys.exit(f"the run is not valid: {wrong}")
+    run_command(main)

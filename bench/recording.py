@@ -23,10 +23,9 @@ import argparse
 import contextlib
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,14 +39,19 @@ from common import (
     Work,
     Wrong,
     about,
-    add_common_options,
+    as_dicts,
     console,
+    finish,
     given_servers,
+    goal,
     obey,
+    parser_of,
+    ratios_of,
     receive,
     relay_daemon,
-    save,
+    run_command,
     started,
+    turns,
 )
 from rich.table import Table
 from sqlalchemy import Engine, String, create_engine
@@ -265,9 +269,12 @@ def bulk(bench: RecordingBench, count: int, runs: int) -> dict[str, Any]:
     bench.bulk(2)
     done = [bench.bulk(count) for _ in range(runs)]
     _show(what, "events", {"bulk": done})
-    rate = statistics.median(run.rate for run in done)
-    console.print(f"{rate:,.0f} events/s (goal {BULK_GOAL:,})")
-    return {"what": what, "rate": rate, "goal": BULK_GOAL, "runs": [asdict(run) for run in done]}
+    rates = [run.rate for run in done]
+    return {
+        "what": what,
+        "goals": [goal(f"{what}, events/s", rates, at_least=BULK_GOAL)],
+        "runs": as_dicts({"bulk": done}),
+    }
 
 
 def wake(bench: RecordingBench, backlog: int, writers: int, runs: int, seconds: float) -> dict[str, Any]:
@@ -307,28 +314,20 @@ def _writers(count: int) -> str:
 # -- what is shown -----------------------------------------------------------------------------------
 
 
-def _pairs(what: str, run: Callable[[str], Run], runs: int, goal: float | None) -> dict[str, Any]:
+def _pairs(what: str, run: Callable[[str], Run], runs: int, at_least: float | None) -> dict[str, Any]:
     """Run with and without, in turn; show and return the rates and their ratio."""
     console.print(f"\n{what}: {runs} pairs of runs")
     found: dict[str, list[Run]] = {"with": [], "without": []}
-    for number in range(1, runs + 1):
-        # Each goes first in turn, so that a machine that gets slower or faster favours neither.
-        for who in ("with", "without") if number % 2 else ("without", "with"):
-            found[who].append(run(who))
-            console.print(f"  {number}/{runs} {who:<8} {found[who][-1].rate:>8,.0f} commits/s")
+    for number, who in turns(found, runs):
+        found[who].append(run(who))
+        console.print(f"  {number}/{runs} {who:<8} {found[who][-1].rate:>8,.0f} commits/s")
     _show(what, "commits", found)
-    ratios = [one.rate / two.rate for one, two in zip(*found.values(), strict=True)]
-    middle = statistics.median(ratios)
-    goal_text = "no goal" if goal is None else f"goal {goal:.2f}"
-    console.print(
-        f"ratio {middle:.2f} ({goal_text}; median of {runs} pairs, {min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    ratios = ratios_of(found, "with", "without")
     return {
         "what": what,
-        "ratio": middle,
-        "goal": goal,
+        "goals": [goal(what, ratios, at_least=at_least)],
         "ratios": ratios,
-        "runs": [asdict(run) for each in found.values() for run in each],
+        "runs": as_dicts(found),
     }
 
 
@@ -351,9 +350,7 @@ def _show(what: str, unit: str, found: dict[str, list[Run]]) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--only", choices=["transactions", "bulk", "wake"], help="one of the three")
     add("--runs", type=int, default=5, help="pairs of runs")
@@ -369,7 +366,6 @@ def _options() -> argparse.Namespace:
     )
     add("--transactions", type=int, default=50, help=f"transactions of {BULK:,} events in a run")
     add("--backlog", type=int, default=500_000, help="events that keep the relay busy")
-    add_common_options(parser)
     return parser.parse_args()
 
 
@@ -389,13 +385,9 @@ def main() -> int:
         if options.only in (None, "wake"):
             for backlog in (options.backlog, 0):
                 results.append(wake(bench, backlog, options.writers[-1], runs, seconds))
-        if options.save:
-            save("recording", facts, results)
+        finish("recording", facts, results, options.save)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Wrong as wrong:
-        sys.exit(f"the run is not valid: {wrong}")
+    run_command(main)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -35,18 +34,18 @@ from common import (
     Goal,
     Run,
     Servers,
-    Wrong,
     about,
-    add_common_options,
     as_dicts,
     console,
     finish,
     given_servers,
     goal,
     line,
+    parser_of,
     ratios_of,
     receive,
     relay_daemon,
+    run_command,
     show_runs,
     started,
     turns,
@@ -195,9 +194,7 @@ def _size(bench: BacklogBench, events: int, what: str, table: str, order: str, f
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--only", choices=["throughput", "held", "churn"], help="one of the three")
     add("--events", type=int, default=200_000, help="size of the backlog")
@@ -207,7 +204,6 @@ def _options() -> argparse.Namespace:
     add("--control-runs", type=int, default=1, help="the same of the control, which is slow")
     add("--churn", type=int, default=1_000_000, help="events that go through the tables")
     add("--churn-runs", type=int, default=3, help="runs before and after that")
-    add_common_options(parser)
     return parser.parse_args()
 
 
@@ -229,7 +225,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Wrong as wrong:
-        sys.exit(f"the run is not valid: {wrong}")
+    run_command(main)

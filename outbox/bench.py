@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from outbox.command import Failed, need_database, with_settings
+from outbox.loop import signals_handled_by
 from outbox.report import Columns, Report, counted, progress, start_logging, to_json
 from outbox.settings import Settings
 
@@ -74,7 +72,7 @@ def bench(config: Settings, events: int, payload_bytes: int, as_json: bool) -> N
     need_database(config)
     start_logging(config.log_level, config.log_format)
     stage = _Stage()
-    with stage.signals(), progress(lambda: stage.text):
+    with signals_handled_by(stage.on_signal), progress(lambda: stage.text):
         found = measure(config, events, payload_bytes, stage.say)
     state = summary(found)
     if as_json:
@@ -98,17 +96,7 @@ class _Stage:
             raise Failed("interrupted; the schema and the keys are removed", 128 + self._signal)
         self.text = text
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, self._on_signal) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._signal:
             self._signal, self._deadline = number, time.monotonic() + HANGS_SECONDS
         elif time.monotonic() > self._deadline:

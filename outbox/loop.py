@@ -9,7 +9,7 @@ import random
 import select
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
@@ -74,6 +74,18 @@ class AsyncStop:
 
 
 @contextmanager
+def signals_handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Let SIGTERM and SIGINT be handled so while the block runs."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, earlier in zip(signals, before, strict=True):
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def stop_on_signals(stop: Stop | AsyncStop) -> Iterator[None]:
     """Let SIGTERM and SIGINT ask for the stop; the second of them ends the process at once.
 
@@ -85,13 +97,8 @@ def stop_on_signals(stop: Stop | AsyncStop) -> Iterator[None]:
             os._exit(128 + number)
         stop.set()
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, on_signal) for number in signals]
-    try:
+    with signals_handled_by(on_signal):
         yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def backoff_seconds(attempts: int, first: float, most: float) -> float:

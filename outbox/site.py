@@ -28,6 +28,7 @@ from outbox.errors import (
     Unsuitable,
     first_line,
 )
+from outbox.loop import signals_handled_by
 from outbox.settings import Settings
 from outbox.store import Store, connection_arguments
 from outbox.streams import Streams, connection_pool, memory_used
@@ -82,7 +83,7 @@ def temporary_site(config: Settings, room: int, say: Callable[[str], None]) -> I
                 _make(site)
                 yield site
             finally:
-                with _without_signals():
+                with signals_handled_by(signal.SIG_IGN):
                     _remove(site)
 
 
@@ -191,17 +192,6 @@ def _remove(site: Site) -> None:
         left.append(f"the keys {', '.join(site.keys)} may be left, to be deleted: Redis: {error}")
     if left:
         raise Unavailable("; ".join(left))
-
-
-@contextmanager
-def _without_signals() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -27,6 +27,14 @@ def box(database_url: str, redis_url: str) -> Iterator[Box]:
 
 
 @pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the developer's own."""
+    for name in os.environ:
+        if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def invoke(variables: dict[str, str]) -> Iterator[Invoke]:
     """Run a command in this process, against the servers of the test."""
 

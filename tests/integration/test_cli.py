@@ -34,11 +34,7 @@ UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 PATIENCE_SECONDS = 30
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 @pytest.fixture

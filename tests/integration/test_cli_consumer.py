@@ -52,11 +52,8 @@ def broken():
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def environment(no_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting but those of a test; a service in the current directory, which is imported anew."""
-    for name in os.environ:
-        if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_"):
-            monkeypatch.delenv(name)
     shop = tmp_path / "shop"
     shop.mkdir()
     (shop / "__init__.py").touch()

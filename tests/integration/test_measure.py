@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from click.testing import CliRunner, Result
 from sqlalchemy import make_url
 
-from outbox import cli, measure
+from outbox import measure
+from tests.acceptance.harness import wait_until
 from tests.faults.proxy import Proxy
 from tests.integration.box import Box
+from tests.integration.conftest import Invoke, Start
 from tests.pgbouncer import PGBOUNCER, pgbouncer
 from tests.roles import role_url
-
-Invoke = Callable[..., Result]
-Start = Callable[..., "subprocess.Popen[str]"]
 
 PATIENCE_SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure briefly: what comes out is not looked at."""
-    for name in os.environ:
-        if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_"):
-            monkeypatch.delenv(name)
     for name, value in {"ROUNDS": 3, "PROBES": 10, "SINGLE_COMMITS": 5}.items():
         monkeypatch.setattr(measure, name, value)
 
@@ -45,43 +38,19 @@ def variables(database_url: str, redis_url: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def bench(variables: dict[str, str]) -> Invoke:
-    def run(*arguments: str, **env: str) -> Result:
-        command = ["bench", "--events", "1000", *arguments]
-        return CliRunner().invoke(cli.cli, command, env=variables | env, prog_name="outbox-relay")
-
-    return run
+def bench(invoke: Invoke) -> Invoke:
+    return partial(invoke, "bench", "--events", "1000")
 
 
 @pytest.fixture
-def start(variables: dict[str, str]) -> Iterator[Start]:
-    """Start a long measurement as a process of its own, which is killed after the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def run() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "outbox.cli", "bench", "--events", "50000"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, env=os.environ | variables, text=True, **pipes))
-        return processes[-1]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
+def long_bench(start: Start) -> Callable[[], subprocess.Popen[str]]:
+    return partial(start, "bench", "--events", "50000")
 
 
 def left(box: Box) -> list[str]:
     """Return the schemas and the keys of measurements."""
     schemas = box.sql.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'outbox\\_bench%'")
     return [*(name for (name,) in schemas), *(key.decode() for key in box.redis.scan_iter("*outbox_bench*"))]
-
-
-def eventually(question: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (answer := question()):
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
-    return answer
 
 
 def publishes(box: Box) -> bool:
@@ -271,10 +240,10 @@ def test_it_leaves_nothing_and_touches_no_other_outbox(bench: Invoke, box: Box) 
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_leaves_nothing(
-    start: Start, box: Box, number: signal.Signals, times: int
+    long_bench: Callable[[], subprocess.Popen[str]], box: Box, number: signal.Signals, times: int
 ) -> None:
-    process = start()
-    eventually(lambda: publishes(box))
+    process = long_bench()
+    wait_until(lambda: publishes(box))
     for _ in range(times):
         process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE_SECONDS)
@@ -284,9 +253,11 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert left(box) == []
 
 
-def test_an_error_in_the_middle_leaves_nothing(start: Start, box: Box) -> None:
-    process = start()
-    eventually(lambda: publishes(box))
+def test_an_error_in_the_middle_leaves_nothing(
+    long_bench: Callable[[], subprocess.Popen[str]], box: Box
+) -> None:
+    process = long_bench()
+    wait_until(lambda: publishes(box))
     box.sql.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE application_name = 'outbox-relay-bench' AND datname = current_database()"
@@ -298,9 +269,9 @@ def test_an_error_in_the_middle_leaves_nothing(start: Start, box: Box) -> None:
     assert left(box) == []
 
 
-def test_what_a_kill_leaves_would_be_seen(start: Start, box: Box) -> None:
-    process = start()
-    eventually(lambda: publishes(box))
+def test_what_a_kill_leaves_would_be_seen(long_bench: Callable[[], subprocess.Popen[str]], box: Box) -> None:
+    process = long_bench()
+    wait_until(lambda: publishes(box))
     process.kill()
     process.communicate()
     schema, *keys = left(box)
