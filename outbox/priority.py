@@ -37,9 +37,8 @@ def check_priority(priority: object) -> int:
     return priority
 
 
-Cause = Callable[
-    [], dict[str, str]
-]  # makes the headers that an event carries on from the one that has caused it
+# Makes the headers that an event carries on from the one that has caused it.
+Cause = Callable[[], dict[str, str]]
 
 
 class _Level:
