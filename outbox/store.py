@@ -76,7 +76,8 @@ LOCK: LiteralString = "SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP L
 NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100; SET LOCAL statement_timeout = {ahead_ms}"
 # Nobody has led since the claim, or what it claimed may have to wait for an event that was refused.
 GO_ON: LiteralString = """
-SELECT set_config('lock_timeout', NULL, true), set_config('statement_timeout', '{statement_ms}', true)
+SELECT pg_current_xact_id()::text,
+       set_config('lock_timeout', NULL, true), set_config('statement_timeout', '{statement_ms}', true)
 FROM {relay} WHERE partition = 0 AND batch = %s FOR UPDATE SKIP LOCKED
 """
 
@@ -253,7 +254,7 @@ class Lead(NamedTuple):
 class Ahead(NamedTuple):
     """What was claimed for the next step, in the transaction that it goes on in."""
 
-    batch: int  # at which the leader's row must stand by then
+    lead: Lead  # what the leader's row must say by then
     events: list[Waiting]
 
 
@@ -355,18 +356,20 @@ class Store:
         with self._translated():
             if self._ahead:
                 self._connection, self._spare = self._spare, self._connection
-                if self._connected().execute(self._sql(GO_ON), (self._ahead.batch,)).rowcount == 1:
+                lead, events = self._ahead
+                if found := self._connected().execute(self._sql(GO_ON), (lead.batch,)).fetchall():
+                    self._ahead = Ahead(lead._replace(xid=found[0][0]), events)
                     return True
                 self.rollback()
-            return self._begin(self._connected(), LOCK) == 1
+            return self._begin(self._connected(), LOCK).rowcount == 1
 
     def goes_on(self) -> bool:
         """Return whether the step that has begun holds what was claimed ahead, and has not taken it yet."""
         return self._ahead is not None
 
     def lead(self) -> Lead:
-        """Return what the leader's row says."""
-        return Lead._make(self._run(LEAD)[0])
+        """Return what the leader's row says; that is known in a step that goes on."""
+        return self._ahead.lead if self._ahead else Lead._make(self._run(LEAD)[0])
 
     def claim(self, lead: Lead, rows: int, size: int, pause: Pause = NO_PAUSE) -> list[Waiting]:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
@@ -402,11 +405,10 @@ class Store:
             return []
         try:
             self._spare = self._spare or self._connect()
-            self._begin(self._spare, NO_LONG_WAIT)
-            seen = Lead._make(self._spare.execute(self._sql(LEAD)).fetchall()[0])
+            seen = Lead._make(self._begin(self._spare, NO_LONG_WAIT + ";" + LEAD).fetchall()[0])
             if not seen.refused:
                 events = self._claim(self._spare, seen, rows, size, NO_PAUSE, mine=lead.xid)
-                self._ahead = Ahead(lead.batch + 1, events)
+                self._ahead = Ahead(seen._replace(batch=lead.batch + 1), events)
         except (psycopg.Error, UnicodeDecodeError, OutboxError):
             self._ahead_again = time.monotonic() + 1
         if time.monotonic() - now > self._idle_ms / 2000:  # a pool that is full, say
@@ -423,12 +425,12 @@ class Store:
         if not _rolled_back(self._spare):
             self._spare = None
 
-    def _begin(self, connection: psycopg.Connection, following: LiteralString) -> int:
-        """Open a transaction with this statement; return the number of its rows."""
+    def _begin(self, connection: psycopg.Connection, following: LiteralString) -> psycopg.Cursor:
+        """Open a transaction with what follows, in one round trip; return what the last statement says."""
         cursor = connection.execute(self._sql(BEGIN + following), prepare=False)
         while cursor.nextset():
             pass
-        return cursor.rowcount
+        return cursor
 
     def _claim(self, connection: psycopg.Connection, lead: Lead, rows: int, size: int, pause: Pause,
                mine: str | None = None) -> list[Waiting]:  # fmt: skip
