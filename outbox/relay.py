@@ -61,7 +61,10 @@ from outbox.trace import Trace
 log = logging.getLogger("outbox.relay")
 
 CATCH_UP = 100  # journal batches that are sent again in one step
-URGENT_SECONDS = 1.0  # after an event that came with a higher priority than a backlog, another is expected
+LONGEST = (
+    0.02  # seconds that a batch should take: the next urgent event waits for it, and so do others in Redis
+)
+LEAST = 50  # events: a batch of fewer would not be faster, the step round it takes longer
 
 
 class Pace(NamedTuple):
@@ -117,7 +120,9 @@ class Relay:
         )
         self._trace = Trace(settings.trace)
         self._prepared = Prepared([], [], [], EMPTY)
-        self._urgent_until = 0.0  # by the monotonic clock
+        self._urgent_at = float(
+            "-inf"
+        )  # when an event came with a higher priority than a backlog; monotonic clock
         self._pace = Pace()
         self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._housekeeper = Housekeeper(settings, self.stop)
@@ -250,21 +255,21 @@ class Relay:
         self._commit(lead, {lead.batch + 1: batch.ids})
         self.published += len(published)
         if self._store.overtaken:
-            self._urgent_until = worked + URGENT_SECONDS
+            self._urgent_at = worked
         if goes_on:
             fixed = claimed - started + time.monotonic() - worked
             self._pace = self._pace.seen(fixed, (worked - claimed) / len(events))
         return len(events)
 
     def _rows(self) -> int:
-        """Return how many events the next batch may have: while urgent ones keep coming, what does not take long.
+        """Return how many events the next batch may have: what takes a hundredth of the calm before it.
 
-        An urgent event waits for the batch that is on its way as it commits, and for its own.
+        An urgent event waits for the batch that is on its way as it commits, and for its own. The longer the last one
+        ago, the rarer they are.
         """
-        most = self._settings.batch_size
-        if time.monotonic() > self._urgent_until:
-            return most
-        return min(most, max(1, most // 10, self._pace.rows(self._settings.batch_seconds)))
+        most, calm = self._settings.batch_size, time.monotonic() - self._urgent_at
+        seconds = min(LONGEST, max(self._settings.batch_seconds, calm / 100))
+        return min(most, max(LEAST, self._pace.rows(seconds) or most))
 
     def _claim(self, lead: Lead, rows: int) -> list[Waiting]:
         """Claim a batch, of what need not wait until Redis has room again."""

@@ -54,7 +54,7 @@ class Settings:
     threshold: int = _setting(0, "priorities from here on go to the primary stream")
     backfill_suffix: str = _setting("backfill", "the backfill stream is <stream>:<suffix>")
     source: str = _setting("outbox", "CloudEvents source of every entry")
-    batch_size: int = _setting(500, "most events in a batch", 1)
+    batch_size: int = _setting(2000, "most events in a batch", 1)
     batch_bytes: int = _setting(1024 * 1024, "most bytes of payload in a batch", 1)
     batch_seconds: float = _setting(
         0.003, "how long a batch should take while more urgent events keep coming", 0

@@ -293,11 +293,12 @@ def test_under_an_old_snapshot_claims_ahead_do_not_read_the_dead_rows_again(box)
         assert positions == [0, 4000]
 
 
-def test_batches_are_small_while_urgent_events_keep_coming(box, monkeypatch):
-    relay = box.relay(batch_size=20)
+def test_batches_are_small_while_urgent_events_keep_coming_and_grow_with_the_calm(box, monkeypatch):
+    monkeypatch.setattr("outbox.relay.LEAST", 1)
+    monkeypatch.setattr(Pace, "rows", lambda pace, seconds: round(1000 * seconds))
+    relay = box.relay(batch_size=30)
     relay._store._from_top_at = float("inf")
-    monkeypatch.setattr(Pace, "rows", lambda pace, seconds: 3)
-    for n in range(70):
+    for n in range(120):
         box.add(str(n), priority=-100)
     relay.run_once(ahead=True)
     box.add("urgent", priority=100)
@@ -305,10 +306,24 @@ def test_batches_are_small_while_urgent_events_keep_coming(box, monkeypatch):
     for _ in range(3):
         relay.run_once(ahead=True)
     assert sizes(box) == [20, 21, 20, 3, 3]
-    relay._urgent_until = 0.0
     relay._store.rollback()
+    relay._urgent_at -= 1.2
     relay.run_once()
-    assert sizes(box)[5:] == [4]
+    assert 12 <= sizes(box)[5] <= 20
+    relay._urgent_at -= 60
+    relay.run_once()
+    assert sizes(box)[6] == 20
+
+
+def test_no_batch_has_more_events_than_it_may_nor_so_few_that_it_is_mostly_overhead(box, monkeypatch):
+    monkeypatch.setattr(Pace, "rows", lambda pace, seconds: 1)
+    for n in range(60):
+        box.add(str(n))
+    relay = box.relay(batch_size=55)
+    assert (relay.run_once(), relay.run_once()) == (50, 10)
+    for n in range(10):
+        box.add(str(n))
+    assert box.relay(batch_size=7).run_once() == 7
 
 
 def test_a_batch_takes_the_time_that_it_should_but_is_never_mostly_overhead():
