@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 PIP := -m pip --disable-pip-version-check install --progress-bar off
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 ROLES := session session_machine domain claim relay answers refusals wakeup cli
+OF_SQLALCHEMY := session session_machine domain schema inbox handlers consumer fuzz wakeup
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
@@ -22,14 +23,15 @@ demo: $(READY) ## the airports of the world, live bookings, and a relay and a co
 test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
 	@$(PYTEST)
 
-test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine
-	@OUTBOX_TEST_SERVERS=system $(PYTEST)
+test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine, but for the model, which meets no server
+	@OUTBOX_TEST_SERVERS=system $(PYTEST) --ignore tests/model/test_model.py
 
 test-roles: $(READY) ## the tests of the write side and the relay, each as a role with the least rights
 	@OUTBOX_TEST_ROLES=1 $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
 
-test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit and integration tests with SQLAlchemy 2.0
-	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit tests/integration
+test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit tests, and those of all that goes through SQLAlchemy, with SQLAlchemy 2.0
+	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit \
+		$(addprefix tests/integration/test_,$(addsuffix .py,$(OF_SQLALCHEMY)))
 
 lint: $(READY) ## ruff, mypy --strict, and who may import whom
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
