@@ -1,18 +1,24 @@
-"""What the README says is so: its programs run as they stand, and its tables are complete."""
+"""What the README and the pages say is so: programs run as they stand, tables are complete, links lead somewhere."""
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from outbox import Consumer
 from outbox.cli import cli
 from outbox.settings import FIELDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 
 def blocks(language: str) -> list[str]:
@@ -57,3 +63,51 @@ def test_every_command_it_shows_exists():
         help_text = CliRunner().invoke(cli, [*names, "--help"]).output
         assert help_text.startswith("Usage: ")
         assert all(option in help_text for option in options), line
+
+
+def test_the_table_of_the_consumer_s_arguments_is_that_of_the_code():
+    of_consumers = README.split("\n## Consuming\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| .* \|$", of_consumers, re.MULTILINE)
+    _, *arguments = inspect.signature(Consumer.__init__).parameters.values()
+    assert rows == [(argument.name, _shown(argument.default)) for argument in arguments]
+
+
+def _shown(default):
+    if isinstance(default, timedelta):
+        return f"{default.days} days" if default.days else f"{default.total_seconds():g} s"
+    return {None: "none", inspect.Parameter.empty: "required"}.get(default, f"`{default}`")
+
+
+def test_the_actions_to_be_alerted_of_are_those_of_the_code():
+    """All errors are among them, and nothing that is not logged so."""
+    rows = re.findall(r"^\| (`.*?`) \| (error|warning|info) \|", OPERATIONS, re.MULTILINE)
+    shown = {(action, level) for names, level in rows for action in re.findall(r"`(\w+)`", names)}
+    logged = {
+        found for path in (ROOT / "outbox").glob("*.py") for found in _logged(ast.parse(path.read_text()))
+    }
+    assert shown <= logged
+    assert {action for action in logged if action[1] == "error"} <= shown
+
+
+def _logged(tree):
+    """Yield the action and level of each call of a logger."""
+    for call in ast.walk(tree):
+        match call:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=level), keywords=keywords):
+                actions = [ast.literal_eval(word.value.values[0]) for word in keywords if word.arg == "extra"]
+                yield from ((action, "error" if level == "exception" else level) for action in actions)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not heading or heading in _headings(found.read_text()), target
+
+
+def _headings(text: str) -> set[str]:
+    """Return the names by which a link may lead to the headings of a page."""
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
