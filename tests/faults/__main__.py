@@ -33,7 +33,7 @@ CONTROL_ATTEMPTS = 8  # as its gap may be narrow: the faster the machine, the mo
 @click.option("--list", "names", is_flag=True, help="list the faults and do nothing")
 @click.option("--long", is_flag=True, help="the whole numbers, which take hours")
 @click.option("--times", type=int, help="so many times, whatever the fault")
-@click.option("--markdown", is_flag=True, help="print the table as the README has it")
+@click.option("--markdown", is_flag=True, help="print the table as docs/reliability.md has it")
 def main(
     seed: int | None, only: tuple[str, ...], names: bool, long: bool, times: int | None, markdown: bool
 ) -> None:

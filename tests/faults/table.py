@@ -82,7 +82,7 @@ def show(lines: Sequence[Line], where: str) -> None:
 
 
 def show_markdown(lines: Sequence[Line], where: str) -> None:
-    """Print the table to stdout as the README has it: one row a fault, with the control's failures at its end."""
+    """Print the table as docs/reliability.md has it: one row a fault, with the control's failures at its end."""
     controls = {line.scenario.name: line for line in lines if line.naive}
     heads = [head for head in HEADS if head not in ("side", "verdict")]
     print(f"{where}:\n")
