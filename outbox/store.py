@@ -76,16 +76,15 @@ LOCK: LiteralString = "SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP L
 NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100; SET LOCAL statement_timeout = {ahead_ms}"
 # Nobody has led since the claim, or what it claimed may have to wait for an event that was refused.
 GO_ON: LiteralString = """
-SELECT pg_current_xact_id()::text,
-       set_config('lock_timeout', NULL, true), set_config('statement_timeout', '{statement_ms}', true)
+SELECT set_config('lock_timeout', NULL, true), set_config('statement_timeout', '{statement_ms}', true)
 FROM {relay} WHERE partition = 0 AND batch = %s FOR UPDATE SKIP LOCKED
 """
 
 # A statement of its own after the lock: its snapshot has all that the leader before has committed.
 LEAD: LiteralString = """
 SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0),
-       pg_current_snapshot()::text, (statement_timestamp() - interval '1 second')::text,
-       pg_current_xact_id_if_assigned()::text
+       pg_current_snapshot()::text, pg_current_xact_id()::text,
+       (transaction_timestamp() - interval '1 second')::text
 FROM {relay} WHERE partition = 0
 """
 
@@ -235,6 +234,7 @@ SELECT event_id FROM gone
 """
 
 LONGEST = 2500  # bytes of stream and key that the index of refused events can hold
+MANY = 10_000  # running transactions that are remembered one by one
 HIGHER, LOWER = 32768, -32769  # beyond any smallint
 EVER = "-infinity"
 
@@ -247,8 +247,8 @@ class Lead(NamedTuple):
     asleep: bool
     refused: bool  # some event waits for its retry
     snapshot: str  # which transactions were running: xmin:xmax:xid,xid,...
-    seen_at: str  # the database's clock, less a second for a clock that is set back
-    xid: str | None  # of the step's own transaction, once it holds the lock
+    xid: str  # of the step's own transaction
+    seen_at: str  # the database's clock as the step began, less a second for a clock that is set back
 
 
 class Ahead(NamedTuple):
@@ -305,7 +305,12 @@ class Positions:
         for priority, position in self._last.items():
             if priority < reached:
                 self._last[priority] = min(position, (since, 0))
-        running = [xid for xid in lead.snapshot.rpartition(":")[2].split(",") if xid]
+        _, end, listed = lead.snapshot.split(":")
+        # A snapshot ends behind the last transaction that has ended: of what began since, it lists nothing.
+        unlisted = range(int(end), int(lead.xid))
+        if len(unlisted) > MANY:  # savepoints: the next claim starts where this one did
+            return
+        running = [xid for xid in listed.split(",") if xid] + [str(xid) for xid in unlisted]
         self._running = {xid: self._running.get(xid, self._seen_at) for xid in running}
         self._seen_at = lead.seen_at
 
@@ -356,9 +361,7 @@ class Store:
         with self._translated():
             if self._ahead:
                 self._connection, self._spare = self._spare, self._connection
-                lead, events = self._ahead
-                if found := self._connected().execute(self._sql(GO_ON), (lead.batch,)).fetchall():
-                    self._ahead = Ahead(lead._replace(xid=found[0][0]), events)
+                if self._connected().execute(self._sql(GO_ON), (self._ahead.lead.batch,)).rowcount == 1:
                     return True
                 self.rollback()
             return self._begin(self._connected(), LOCK).rowcount == 1
