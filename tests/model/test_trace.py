@@ -7,14 +7,15 @@ import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from outbox.testing import Server
-from tests.acceptance.harness import Harness, wait_until
+from tests.acceptance.harness import LANES, Harness, wait_until
 from tests.conftest import TEMPLATE, new_database
-from tests.model.trace import Refused, accept
+from tests.model.trace import Acceptor, Refused, accept
+from tests.model.world import MAX_ATTEMPTS
 
 Lines = list[dict[str, Any]]
 
@@ -42,6 +43,44 @@ def trace(postgres: Server, redis_server: Server, tmp_path_factory) -> Lines:
             lasting.wait_for(harness.entries, 200)
             wait_until(lambda: '"adopted": true' in text(path), "an adoption")
     return [json.loads(line) for line in text(path).splitlines()]
+
+
+class Refusing(NamedTuple):
+    """A trace of relays whose Redis has refused events, and the rows that say what has become of these."""
+
+    lines: Lines
+    back: set[str]
+    dead: set[str]
+
+
+@pytest.fixture(scope="module")
+def refusing(postgres: Server, redis_server: Server, tmp_path_factory) -> Refusing:
+    """What a relay does while the name of a lane is taken, from the start and again; others are killed beside it."""
+    path, (primary, backfill) = tmp_path_factory.mktemp("refusing") / "trace.jsonl", LANES
+    settings = {"trace": path, "max_attempts": MAX_ATTEMPTS, "backoff_seconds": 0.1, "takeover_seconds": 1}
+    with contextmanager(new_database)(postgres, TEMPLATE) as url, Harness(url, redis_server.url) as harness:
+        harness.redis.flushall()
+        harness.redis.set(backfill, "no stream")
+        with harness.writing(), harness.relay(**settings) as lasting:
+            wait_until(lambda: rows(harness, "outbox_dead"), "a dead letter")
+            for _ in range(3):
+                with harness.relay(die_at="after publish", **settings) as other:
+                    assert other.wait_for_death() == -9
+                lasting.wait_for(lambda: harness.redis.xlen(primary), 50)
+            harness.redis.delete(backfill)
+            lasting.wait_for(lambda: harness.redis.xlen(backfill), 50)
+            with harness.redis.pipeline(transaction=True) as pipeline:
+                pipeline.rename(backfill, "aside").set(backfill, "no stream").execute()
+            wait_until(lambda: rows(harness, "outbox WHERE attempts > 0"), "a refused event")
+            lasting.process.terminate()
+            assert lasting.wait_for_death() == 0
+        back, dead = (rows(harness, where) for where in ("outbox WHERE attempts > 0", "outbox_dead"))
+    return Refusing([json.loads(line) for line in text(path).splitlines()], back, dead)
+
+
+def rows(harness: Harness, where: str) -> set[str]:
+    """Return how the ids of these events begin, which is what a trace has of them."""
+    return {event_id[:8] for (event_id,) in harness.sql(f"SELECT event_id::text FROM {where}")}
 
 
 def text(path: Path) -> str:
@@ -105,6 +144,84 @@ def commit_though_replaced(lines: Lines) -> None:
     lines[commit : committed + 1] = [lead, *lines[commit : committed + 1], *late]
 
 
+def test_the_trace_of_relays_whose_events_were_refused_is_accepted(refusing):
+    ((back, dead),) = ends(refusing.lines)
+    assert (starts(back), starts(dead)) == (refusing.back, refusing.dead)
+    print(f"{len(refusing.lines)} lines, {len(back)} events put back, {len(dead)} dead letters")
+
+
+def ends(lines: Lines) -> set[tuple[frozenset[str], frozenset[str]]]:
+    """Return all that can have become of the refused events of a trace."""
+    acceptor = Acceptor()
+    for line in lines:
+        acceptor.accept(line)
+    return acceptor.ends()
+
+
+def starts(marks: frozenset[str]) -> set[str]:
+    return {mark.partition(":")[2] for mark in marks}
+
+
+def find_refusal(lines: Lines) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return publish, answer and commit of a batch of which Redis has refused events."""
+    for place, answer in enumerate(lines):
+        if answer["action"] == "answer" and answer["kind"] == "Added" and answer["told"][0]:
+            relay = answer["relay"]
+            ours = [line for line in lines[:place] if line["relay"] == relay]
+            after = lines[find(lines, place, relay=relay) + 1 :]
+            following = next((line for line in after if line["relay"] == relay), {})
+            if following.get("action") == "commit":
+                return ours[-1], answer, following
+    raise AssertionError("nothing was refused")
+
+
+def publish_what_was_refused(lines: Lines) -> None:
+    publish, answer, commit = find_refusal(lines)
+    refused = publish["ids"].split()[int(min(answer["told"][0]))]
+    commit["batches"][str(publish["batch"])] += f" {refused}"
+
+
+def forget_a_refusal(lines: Lines) -> None:
+    _, answer, _ = find_refusal(lines)
+    answer["told"] = [{}, []]
+
+
+def put_back_what_was_added(lines: Lines) -> None:
+    _, _, commit = find_refusal(lines)
+    commit["batches"] = {number: ids.partition(" ")[2] for number, ids in commit["batches"].items()}
+
+
+def publish_a_dead_letter(lines: Lines) -> None:
+    ((_, dead),) = ends(lines)
+    lines[find_last(lines, action="publish")]["ids"] += f" {min(dead)}"
+
+
+def find_last(lines: Lines, **facts: Any) -> int:
+    return len(lines) - 1 - find(lines[::-1], 0, **facts)
+
+
+@pytest.mark.parametrize(
+    ("doctor", "reason"),
+    [
+        (publish_what_was_refused, "is committed with other events than Redis has of it"),
+        (forget_a_refusal, "is committed with other events than Redis has of it"),
+        (put_back_what_was_added, "is committed with other events than Redis has of it"),
+        (publish_a_dead_letter, "is published, and is a dead letter"),
+    ],
+)
+def test_a_doctored_trace_of_refusals_is_refused(refusing, doctor: Callable[[Lines], None], reason: str):
+    is_refused(refusing.lines, doctor, reason)
+
+
+def is_refused(trace: Lines, doctor: Callable[[Lines], None], reason: str) -> None:
+    """Check that a trace is refused for this reason, when it has been doctored."""
+    lines = [json.loads(json.dumps(line)) for line in trace]
+    doctor(lines)
+    with pytest.raises(Refused, match=rf"line \d+: .*{reason}") as refused:
+        follow(lines)
+    print(refused.value)
+
+
 @pytest.mark.parametrize(
     ("doctor", "reason"),
     [
@@ -115,8 +232,4 @@ def commit_though_replaced(lines: Lines) -> None:
     ],
 )
 def test_a_doctored_trace_is_refused(trace, doctor: Callable[[Lines], None], reason: str):
-    lines = [json.loads(json.dumps(line)) for line in trace]
-    doctor(lines)
-    with pytest.raises(Refused, match=rf"line \d+: .*{reason}") as refused:
-        follow(lines)
-    print(refused.value)
+    is_refused(trace, doctor, reason)
