@@ -98,7 +98,7 @@ def tail_cut(trial: ConsumerTrial) -> None:
 
 
 def postgres_killed(trial: ConsumerTrial) -> None:
-    """A commit that is being written to disk is kept, and nobody hears of it."""
+    """A commit whose record is on its way to the disk is kept, and nobody hears of it; that is why fsync is on."""
     with trial.consuming():
         for _ in trial.rounds():
             trial.wait_for_publish()
@@ -121,7 +121,10 @@ def kill_at_once(server: testing.Server) -> None:
 
 
 def backends_terminated(trial: ConsumerTrial) -> None:
-    """At any time, where PostgreSQL answers the commit that it is in; or where it does not, though it has committed."""
+    """In a commit that waits for a standby, which is kept and never answered; and, in turns, at any time.
+
+    A commit that waits for nobody is answered before its connection ends, so the control gets through those unharmed.
+    """
     with trial.consuming():
         for n in trial.rounds():
             if n % 2:
@@ -192,13 +195,13 @@ SCENARIOS = (
     ),
     Scenario(
         name="consumer-postgres-killed",
-        what="kill -9 of PostgreSQL under consumers, all processes at once, crash recovery",
+        what="kill -9 of all of PostgreSQL at once under consumers, crash recovery",
         inflict=postgres_killed, kind=ConsumerTrial, short=6, long=60, control="applied twice",
         control_times=12, postgres={"fsync": "on"}, commits_may_fail=True,
     ),
     Scenario(
         name="consumer-backends-terminated",
-        what="pg_terminate_backend of consumers' connections, every other time while a standby is awaited",
+        what="pg_terminate_backend of consumers' connections, every other time in a commit without a reply",
         inflict=backends_terminated, kind=ConsumerTrial, short=10, long=200, control="applied twice",
     ),
     Scenario(

@@ -3,8 +3,9 @@
 A relay writes a line before it asks a server for a change, and one after the answer. The change happens at any time
 in between, or, when the relay has been killed, perhaps never. So a trace is followed in all the ways that it can have
 gone, `Way` by way, by the model's own Redis; it is refused at the first line that no way leads past. The trace is of
-servers that lost nothing. Redis may have refused events, and the relays give them up as soon as the model does: after
-`MAX_ATTEMPTS`. What it refuses of a batch is open until somebody is told, be it a successor of the relay that sent it.
+servers that lost nothing, but may have refused events, from relays that give these up as soon as the model does (see
+`MAX_ATTEMPTS`). What Redis has refused of a batch is open until a relay is told, which may be a successor of the one
+that sent it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Way(NamedTuple):
     batch: int = 0  # of PostgreSQL
     asked: tuple[Asked, ...] = ()
     untold: frozenset[int] = frozenset()  # batches of which nobody knows yet what Redis has refused
-    back: Map = Map()  # the attempts of events that were refused and put back
-    dead: frozenset[str] = frozenset()  # letters
+    back: Map = Map()  # events that were sent, but must be in PostgreSQL still; and their attempts
+    dead: frozenset[str] = frozenset()  # dead letters
 
     def events(self, marks: Iterable[str]) -> list[Event]:
         return [Event(mark, "", 0, self.back.get(mark, 0)) for mark in marks]  # type: ignore[arg-type]
@@ -54,15 +55,18 @@ class Way(NamedTuple):
         may_have = tuple(mark for mark in had[number] if mark in kept or number not in self.untold)
         if may_have != kept:
             return None
-        ids = tuple((had | {number: kept}).items())
-        return self._replace(redis=self.redis._replace(ids=ids), untold=self.untold - {number})
+        left_out = [mark for mark in had[number] if mark not in kept]
+        return self._replace(
+            redis=self.redis._replace(ids=tuple((had | {number: kept}).items())),
+            untold=self.untold - {number},
+            back=Map(dict.fromkeys(left_out, 0) | self.back),
+        )
 
     def committed(self, asked: Asked) -> Way:
         """Return the way when a commit has happened: batches, and refused events put back or dead letters."""
         change = settled(asked.known, self.events(asked.sent), asked.answer)
-        published = {mark for _, marks in asked.batches for mark in marks}
-        back = {**self.back, **{mark: attempts for mark, attempts in change.back if attempts}}
-        gone = published | {*change.dead}
+        back = self.back | dict(change.back)
+        gone = {*change.dead} | {mark for _, marks in asked.batches for mark in marks}
         return self._replace(
             batch=max(number for number, _ in asked.batches),
             back=Map({mark: attempts for mark, attempts in back.items() if mark not in gone}),
@@ -94,9 +98,9 @@ class Acceptor:
             min(way.batch for way in self._ways),
         )
 
-    def ends(self) -> set[tuple[frozenset[str], frozenset[str]]]:
-        """Return all that can have become of the refused events by now: those put back, and the dead letters."""
-        return {(frozenset(way.back), way.dead) for start in self._ways for way in self._on(start)}
+    def ends(self) -> set[tuple[Map, frozenset[str]]]:
+        """Return all that can have become of the events that are in no lane: `back` and `dead` of each way."""
+        return {(way.back, way.dead) for start in self._ways for way in self._on(start)}
 
     # -- what may have happened meanwhile -----------------------------------------------------------------
 
@@ -161,7 +165,7 @@ class Acceptor:
         stood = range(least[0], way.redis.batch + 1)  # where Redis stood since the question
         kept: dict[int, tuple[str, ...]] | None = None  # what Redis says that it has
         if line["kind"] == "Added" and mine.happened:
-            kept = self._kept(relay, mine, line["told"])
+            kept = self._kept(way, relay, mine, line["told"])
         elif line["kind"] == "Added" and mine.action == "look" and mine.known in stood:
             kept = {}
         elif line["kind"] == "Ahead" and not mine.happened and line["told"][0] in stood:
@@ -177,12 +181,12 @@ class Acceptor:
             answered = following
         yield answered
 
-    def _kept(self, relay: str, mine: Asked, told: list[Any]) -> dict[int, tuple[str, ...]]:
+    def _kept(self, way: Way, relay: str, mine: Asked, told: list[Any]) -> dict[int, tuple[str, ...]]:
         """Return what Redis has of the batch that it was given, by what it says that it has refused and held back."""
         ((number, sent),) = mine.batches
         answer = Added(Map({int(place): why for place, why in told[0].items()}), tuple(told[1]))
         self._added[relay] = sent, answer
-        return dict(settled(number - 1, Way().events(sent), answer).batches)  # type: ignore[arg-type]
+        return dict(settled(number - 1, way.events(sent), answer).batches)  # type: ignore[arg-type]
 
     def _commit(self, way: Way, relay: str, line: dict[str, Any], least: tuple[int, int]) -> Iterator[Way]:
         batches = tuple((int(n), tuple(ids.split())) for n, ids in line["batches"].items())
