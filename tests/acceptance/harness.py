@@ -232,7 +232,7 @@ class Harness:
         """Run a statement on a connection of its own, as the server may have gone since the last."""
         with psycopg.connect(self._dsn, autocommit=True) as connection:
             cursor = connection.execute(query, parameters or None)
-            return cursor.fetchall() if cursor.description else []
+            return [] if cursor.description is None else cursor.fetchall()
 
     # -- the service ------------------------------------------------------------------------------------
 

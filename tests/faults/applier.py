@@ -43,7 +43,8 @@ def main() -> None:
             passes()
 
     run = run_control if told["control"] else run_product
-    run(told, sessionmaker(create_engine(os.environ[DATABASE_URL])), apply)
+    engine = create_engine(os.environ[DATABASE_URL], connect_args={"application_name": GROUP})
+    run(told, sessionmaker(engine), apply)
 
 
 def run_product(told: dict[str, Any], sessions: sessionmaker[Session], apply: Apply) -> None:

@@ -1,17 +1,25 @@
-"""Faults of consumers, of what stands between them and the servers, and of a Redis that forgets what they have done."""
+"""Faults of consumers, of what stands between them and the servers, and of the servers under them."""
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-from tests.acceptance.consumers import POINTS
+from outbox import supervisor, testing
+from tests.acceptance.consumers import CLAIM_IDLE, POINTS
+from tests.acceptance.harness import wait_until
 from tests.faults.aof import cut_tail
+from tests.faults.applier import GROUP
 from tests.faults.effects import ConsumerTrial
 from tests.faults.scenario import Scenario
 from tests.faults.servers import ON_DISK
 
 CONTROL_POINT = "between commit and ack"
 FROZEN_AT = ("in the handler", "before the commit", "between commit and ack")
+TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
+TERMINATE_WAITING = f"{TERMINATE} AND wait_event = 'SyncRep'"
 
 
 def killed(trial: ConsumerTrial) -> None:
@@ -89,6 +97,74 @@ def tail_cut(trial: ConsumerTrial) -> None:
             trial.is_relieved(*trial.consumers)
 
 
+def postgres_killed(trial: ConsumerTrial) -> None:
+    """A commit whose record is on its way to the disk is kept, and nobody hears of it; that is why fsync is on."""
+    with trial.consuming():
+        for _ in trial.rounds():
+            trial.wait_for_publish()
+            kill_at_once(trial.database)
+            trial.database.restart()
+            trial.is_relieved(*trial.consumers)
+
+
+def kill_at_once(server: testing.Server) -> None:
+    """Kill all processes of PostgreSQL in one moment, as the end of its container does.
+
+    When its first process alone is killed, the others still answer the commits that they are in.
+    """
+    server.freeze()
+    assert server.pid is not None
+    for pid in supervisor.children(server.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    server.kill()
+
+
+def backends_terminated(trial: ConsumerTrial) -> None:
+    """In a commit that waits for a standby, which is kept and never answered; and, in turns, at any time.
+
+    A commit that waits for nobody is answered before its connection ends, so the control gets through those unharmed.
+    """
+    with trial.consuming():
+        for n in trial.rounds():
+            if n % 2:
+                trial.wait_for_publish()
+                trial.sql(TERMINATE, GROUP)
+            else:
+                wait_until(lambda: terminated_in_commit(trial), "a commit that waits for the standby")
+            trial.is_relieved(*trial.consumers)
+
+
+def terminated_in_commit(trial: ConsumerTrial) -> bool:
+    """Terminate the consumers' connections that wait for a standby; return whether there was one."""
+    with standby_away(trial):
+        trial.lasts(0.05)
+        return bool(trial.sql(TERMINATE_WAITING, GROUP))
+
+
+@contextmanager
+def standby_away(trial: ConsumerTrial) -> Iterator[None]:
+    """Let all commits wait for a synchronous standby that does not come, while the block runs."""
+    trial.sql("ALTER SYSTEM SET synchronous_standby_names = 'away'")
+    trial.sql("SELECT pg_reload_conf()")
+    try:
+        yield
+    finally:
+        trial.sql("ALTER SYSTEM RESET synchronous_standby_names")
+        trial.sql("SELECT pg_reload_conf()")
+
+
+def postgres_frozen(trial: ConsumerTrial) -> None:
+    """For so long that what each has in hand looks as if it had been left."""
+    with trial.consuming():
+        for _ in trial.rounds():
+            trial.wait_for_publish()
+            trial.database.freeze()
+            trial.lasts(CLAIM_IDLE.total_seconds() * trial.chance.uniform(1.2, 3.0))
+            trial.database.thaw()
+            trial.is_relieved(*trial.consumers)
+
+
 SCENARIOS = (
     Scenario(
         name="consumer-killed",
@@ -116,6 +192,22 @@ SCENARIOS = (
         what="5 % of the replies to consumers lost",
         inflict=replies_lost, kind=ConsumerTrial, short=10, long=60, unit=" s", control="applied twice",
         between="relays",
+    ),
+    Scenario(
+        name="consumer-postgres-killed",
+        what="kill -9 of all of PostgreSQL at once under consumers, crash recovery",
+        inflict=postgres_killed, kind=ConsumerTrial, short=6, long=60, control="applied twice",
+        control_times=12, postgres={"fsync": "on"}, commits_may_fail=True,
+    ),
+    Scenario(
+        name="consumer-backends-terminated",
+        what="pg_terminate_backend of consumers' connections, every other time in a commit without a reply",
+        inflict=backends_terminated, kind=ConsumerTrial, short=10, long=200, control="applied twice",
+    ),
+    Scenario(
+        name="consumer-postgres-frozen",
+        what="SIGSTOP of PostgreSQL under consumers, for longer than `claim_idle`",
+        inflict=postgres_frozen, kind=ConsumerTrial, short=4, long=50, control="applied twice",
     ),
     Scenario(
         name="consumer-redis-tail-cut",

@@ -46,6 +46,7 @@ own_servers = pytest.mark.skipif(
         ("consumer-frozen", 1),
         ("consumer-network-cut", 2),
         ("consumer-replies-lost", 2),
+        ("consumer-backends-terminated", 2),
         ("consumer-redis-tail-cut", 1),
     ],
 )
@@ -69,6 +70,7 @@ def test_a_fault_loses_repeats_and_reorders_nothing(name, times):
         ("redis-sentinels", 1),
         ("consumer-killed-at-points", 1),
         ("consumer-frozen", 1),
+        ("consumer-backends-terminated", 1),
     ],
 )
 def test_the_control_fails_under_it(name, times):

@@ -4,17 +4,18 @@ import json
 import random
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from outbox.testing import Server
-from tests.acceptance.harness import Harness, wait_until
+from tests.acceptance.harness import LANES, Harness, wait_until
 from tests.conftest import TEMPLATE, new_database
-from tests.model.trace import Refused, accept
+from tests.model.trace import Acceptor, Refused, accept
+from tests.model.world import MAX_ATTEMPTS, Map
 
 Lines = list[dict[str, Any]]
 
@@ -44,6 +45,45 @@ def trace(postgres: Server, redis_server: Server, tmp_path_factory) -> Lines:
     return [json.loads(line) for line in text(path).splitlines()]
 
 
+class Refusing(NamedTuple):
+    """A trace of relays whose Redis has refused events, and the rows that say what has become of these."""
+
+    lines: Lines
+    waiting: set[str]
+    refused: set[str]
+    dead: set[str]
+
+
+@pytest.fixture(scope="module")
+def refusing(postgres: Server, redis_server: Server, tmp_path_factory) -> Refusing:
+    """What a relay does while the name of a lane is taken, from the start and again; others are killed beside it."""
+    path, (primary, backfill) = tmp_path_factory.mktemp("refusing") / "trace.jsonl", LANES
+    settings = {"trace": path, "max_attempts": MAX_ATTEMPTS, "backoff_seconds": 0.1, "takeover_seconds": 1}
+    with contextmanager(new_database)(postgres, TEMPLATE) as url, Harness(url, redis_server.url) as harness:
+        harness.redis.flushall()
+        harness.redis.set(backfill, "no stream")
+        with harness.writing(), harness.relay(**settings) as lasting:
+            wait_until(lambda: rows(harness, "outbox_dead"), "a dead letter")
+            for _ in range(2):
+                with harness.relay(die_at="after publish", **settings) as other:
+                    assert other.wait_for_death() == -9
+                lasting.wait_for(lambda: harness.redis.xlen(primary), 50)
+            harness.redis.delete(backfill)
+            lasting.wait_for(lambda: harness.redis.xlen(backfill), 50)
+            with harness.redis.pipeline(transaction=True) as pipeline:
+                pipeline.rename(backfill, "aside").set(backfill, "no stream").execute()
+            wait_until(lambda: rows(harness, "outbox WHERE attempts > 0"), "a refused event")
+            lasting.process.terminate()
+            assert lasting.wait_for_death() == 0
+        where = ("outbox", "outbox WHERE attempts > 0", "outbox_dead")
+        return Refusing([*map(json.loads, text(path).splitlines())], *(rows(harness, each) for each in where))
+
+
+def rows(harness: Harness, where: str) -> set[str]:
+    """Return how the ids of these events begin, which is what a trace has of them."""
+    return {event_id[:8] for (event_id,) in harness.sql(f"SELECT event_id::text FROM {where}")}
+
+
 def text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
@@ -66,7 +106,7 @@ def find(lines: Lines, start: int, **facts: Any) -> int:
 
 
 def test_the_trace_of_relays_that_were_killed_and_frozen_is_accepted(trace):
-    assert follow(trace) == len(trace)
+    assert ends(trace) == {(Map(), frozenset())}
     print(f"{len(trace)} lines of {len({line['relay'] for line in trace})} relays")
 
 
@@ -105,6 +145,116 @@ def commit_though_replaced(lines: Lines) -> None:
     lines[commit : committed + 1] = [lead, *lines[commit : committed + 1], *late]
 
 
+def test_the_trace_of_relays_whose_events_were_refused_is_accepted(refusing):
+    ((back, dead),) = ends(refusing.lines)
+    assert starts(back) <= refusing.waiting
+    assert starts(mark for mark, attempts in back.items() if attempts) == refusing.refused
+    assert starts(dead) == refusing.dead
+    print(f"{len(refusing.lines)} lines, {len(back)} events put back, {len(dead)} dead letters")
+
+
+def test_an_event_that_nobody_has_any_more_is_missed_in_the_end(refusing):
+    lines = copy(refusing.lines)
+    lost = lose_an_event(lines)
+    assert all(starts([lost]) == starts(back) - refusing.waiting for back, _ in ends(lines))
+
+
+def lose_an_event(lines: Lines) -> str:
+    """Have the relay that adopts a batch be told of one event less."""
+    commit = lines[find(lines, 0, adopted=True)]
+    ((number, ids),) = commit["batches"].items()
+    lost, _, commit["batches"][number] = ids.partition(" ")
+    for line in lines:
+        if line["action"] == "answer" and line["kind"] == "Ahead":
+            line["told"][1].get(number, [0]).pop(0)
+    return lost
+
+
+def copy(lines: Lines) -> Lines:
+    return json.loads(json.dumps(lines))
+
+
+def ends(lines: Lines) -> set[tuple[Map, frozenset[str]]]:
+    """Follow a trace; return all that can have become of the events that are in no lane."""
+    acceptor = Acceptor()
+    for line in lines:
+        acceptor.accept(line)
+    return acceptor.ends()
+
+
+def starts(marks: Iterable[str]) -> set[str]:
+    return {mark.partition(":")[2] for mark in marks}
+
+
+def find_refusal(lines: Lines) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return publish, answer and commit of a batch of which Redis has refused events."""
+    for place, answer in enumerate(lines):
+        if answer["action"] == "answer" and answer["kind"] == "Added" and answer["told"][0]:
+            relay = answer["relay"]
+            ours = [line for line in lines[:place] if line["relay"] == relay]
+            after = lines[find(lines, place, relay=relay) + 1 :]
+            following = next((line for line in after if line["relay"] == relay), {})
+            if following.get("action") == "commit":
+                return ours[-1], answer, following
+    raise AssertionError("nothing was refused")
+
+
+def publish_what_was_refused(lines: Lines) -> None:
+    publish, answer, commit = find_refusal(lines)
+    refused = publish["ids"].split()[int(min(answer["told"][0]))]
+    commit["batches"][str(publish["batch"])] += f" {refused}"
+
+
+def forget_a_refusal(lines: Lines) -> None:
+    _, answer, _ = find_refusal(lines)
+    answer["told"] = [{}, []]
+
+
+def put_back_what_was_added(lines: Lines) -> None:
+    _, _, commit = find_refusal(lines)
+    commit["batches"] = {number: ids.partition(" ")[2] for number, ids in commit["batches"].items()}
+
+
+def adopt_what_was_refused(lines: Lines) -> None:
+    """Of a batch whose relay was killed before it was told."""
+    commit = lines[find(lines, 0, adopted=True)]
+    ((number, kept),) = commit["batches"].items()
+    sent = lines[find(lines, 0, action="publish", batch=int(number))]["ids"].split()
+    commit["batches"][number] += f" {next(mark for mark in sent if mark not in kept.split())}"
+
+
+def publish_a_dead_letter(lines: Lines) -> None:
+    ((_, dead),) = ends(lines)
+    lines[find_last(lines, action="publish")]["ids"] += f" {min(dead)}"
+
+
+def find_last(lines: Lines, **facts: Any) -> int:
+    return len(lines) - 1 - find(lines[::-1], 0, **facts)
+
+
+@pytest.mark.parametrize(
+    ("doctor", "reason"),
+    [
+        (publish_what_was_refused, "is committed with other events than Redis has of it"),
+        (forget_a_refusal, "is committed with other events than Redis has of it"),
+        (put_back_what_was_added, "is committed with other events than Redis has of it"),
+        (adopt_what_was_refused, "is adopted with other events than Redis has of it"),
+        (publish_a_dead_letter, "is published, and is a dead letter"),
+    ],
+)
+def test_a_doctored_trace_of_refusals_is_refused(refusing, doctor: Callable[[Lines], None], reason: str):
+    is_refused(refusing.lines, doctor, reason)
+
+
+def is_refused(trace: Lines, doctor: Callable[[Lines], None], reason: str) -> None:
+    """Check that a trace is refused for this reason, when it has been doctored."""
+    lines = copy(trace)
+    doctor(lines)
+    with pytest.raises(Refused, match=rf"line \d+: .*{reason}") as refused:
+        follow(lines)
+    print(refused.value)
+
+
 @pytest.mark.parametrize(
     ("doctor", "reason"),
     [
@@ -115,8 +265,4 @@ def commit_though_replaced(lines: Lines) -> None:
     ],
 )
 def test_a_doctored_trace_is_refused(trace, doctor: Callable[[Lines], None], reason: str):
-    lines = [json.loads(json.dumps(line)) for line in trace]
-    doctor(lines)
-    with pytest.raises(Refused, match=rf"line \d+: .*{reason}") as refused:
-        follow(lines)
-    print(refused.value)
+    is_refused(trace, doctor, reason)

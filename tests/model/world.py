@@ -512,7 +512,7 @@ def _read(relay: Relay, rules: Rules) -> Relay:
     if not isinstance(answer, Added):
         doubt = tuple(answer.lanes) if isinstance(answer, Gone) else ()
         return relay._replace(at="roll back", hand=() if rules.ask_again else answer, ahead=(), doubt=doubt)  # type: ignore[arg-type]
-    change = _settled(relay.expected, list(events), answer)
+    change = settled(relay.expected, list(events), answer)
     whole = not answer.refused or not rules.refused_ends_ahead
     return relay._replace(at="commit", hand=change, ahead=relay.ahead if whole else ())
 
@@ -532,7 +532,7 @@ def _lead_on(world: World, me: int, relay: Relay, rules: Rules) -> Moves:
         )
 
 
-def _settled(expected: int, events: list[Event], answer: Added) -> Change:
+def settled(expected: int, events: list[Event], answer: Added) -> Change:
     published, refusals = protocol.settle(events, answer)
     dead = [refusal for refusal in refusals if protocol.is_dead(refusal, MAX_ATTEMPTS)]
     back = [refusal for refusal in refusals if refusal not in dead]
