@@ -778,6 +778,12 @@ def database_in_clear(url: str) -> list[str]:
     return str(arguments["hostaddr"] or arguments["host"]).split(",")
 
 
+def database_refused(error: OutboxError) -> bool:
+    """Return whether PostgreSQL has answered a statement with an error, and neither ended the session nor was away."""
+    cause = error.__cause__
+    return isinstance(cause, psycopg.Error) and cause.diag.severity_nonlocalized == "ERROR"
+
+
 def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     """Return claimed rows in the order of the promise; RETURNING gives them in none."""
     return sort([*map(Waiting._make, rows)])
