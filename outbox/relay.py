@@ -53,7 +53,7 @@ from outbox.protocol import (
     settle,
     sift,
 )
-from outbox.settings import Settings
+from outbox.settings import LONGEST_BATCH_SECONDS, Settings
 from outbox.store import Back, Lead, Listener, Store, may_wait
 from outbox.streams import EMPTY, Batch, Streams, decode, encode, faults
 from outbox.trace import Trace
@@ -61,10 +61,7 @@ from outbox.trace import Trace
 log = logging.getLogger("outbox.relay")
 
 CATCH_UP = 100  # journal batches that are sent again in one step
-LONGEST = (
-    0.02  # seconds that a batch should take: the next urgent event waits for it, and so do others in Redis
-)
-LEAST = 50  # events: a batch of fewer would not be faster, the step round it takes longer
+LEAST_EVENTS = 50  # a batch of fewer would not be faster, the step round it takes longer
 
 
 class Pace(NamedTuple):
@@ -161,10 +158,11 @@ class Relay:
         self.close()
 
     def drain(self, timeout_seconds: float = 30.0) -> int:
-        """Relay until nothing due is left, whoever publishes it, or until stopped; return how many we did.
+        """Relay until nothing due is left, whoever publishes it, or until stopped; return how many this call did.
 
-        Raises the last Unavailable after `timeout_seconds` of it.
+        Connections stay open until `close`. Raises the last Unavailable after `timeout_seconds` of it.
         """
+        before = self.published
         failing_since: float | None = None
         while not self.stop.is_set():
             try:
@@ -184,7 +182,7 @@ class Relay:
                 self._store.forget_positions()
                 self.stop.wait(0.05)
         self._store.rollback()
-        return self.published
+        return self.published - before
 
     def run_once(self, *, ahead: bool = False) -> int:
         """Take one step; return how many events it settled, 0 when there is nothing to do or another leads.
@@ -268,8 +266,8 @@ class Relay:
         ago, the rarer they are.
         """
         most, calm = self._settings.batch_size, time.monotonic() - self._urgent_at
-        seconds = min(LONGEST, max(self._settings.batch_seconds, calm / 100))
-        return min(most, max(LEAST, self._pace.rows(seconds) or most))
+        seconds = min(LONGEST_BATCH_SECONDS, max(self._settings.batch_seconds, calm / 100))
+        return min(most, max(LEAST_EVENTS, self._pace.rows(seconds) or most))
 
     def _claim(self, lead: Lead, rows: int) -> list[Waiting]:
         """Claim a batch, of what need not wait until Redis has room again."""
