@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from outbox.errors import OutboxError, Unavailable
-from outbox.lanes import LOWEST, NO_PAUSE
+from outbox.lanes import NO_PAUSE
 from outbox.loop import Every, Stop
+from outbox.priority import LOWEST
 from outbox.settings import Settings
 from outbox.store import Store, database_refused
 from outbox.streams import Streams, memory_used, redis_refused
@@ -76,7 +77,7 @@ class Housekeeper:
         entries = self._streams.lengths(self._lanes()) if settings.lane_max_entries else {}
         used, share = memory_used(self._streams.server()), settings.redis_memory_percent / 100
         pause = self._lane_rule.pause(entries, settings.lane_max_entries, used, share)
-        if pause[:2] != self.pause[:2]:
+        if pause.waiting != self.pause.waiting:
             what = [f"priorities below {pause.floor}"] if pause.floor > LOWEST else []
             log.warning(
                 "Redis has used %.0f %% of its memory; waiting in PostgreSQL: %s",

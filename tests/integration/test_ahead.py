@@ -282,7 +282,7 @@ def test_under_an_old_snapshot_claims_ahead_do_not_read_the_dead_rows_again(box)
         for _ in range(8):
             assert store.begin()
             lead = store.lead()
-            events = store.claim(lead, 500, 1_000_000)
+            events = store.claim(lead, 500, 1_000_000).events
             store._from_top_at = float("inf")
             store.claim_ahead(lead, 500, 1_000_000)
             store.record_batch(lead.batch + 1, len(events), b"")
