@@ -30,8 +30,9 @@ from rich.live import Live
 from outbox import grants, letters, settings
 from outbox.bench import bench
 from outbox.command import (
-    CONNECTION,
+    DATABASE,
     DEBUG,
+    REDIS,
     Commands,
     Failed,
     failure,
@@ -219,7 +220,7 @@ def _left(config: Settings) -> str:
 
 @cli.command("migrate")
 @click.option("--sql", is_flag=True, help="print the SQL and touch no database")
-@with_settings(*CONNECTION)
+@with_settings(*DATABASE)
 def migrate_command(config: Settings, sql: bool) -> None:
     """Create the tables, or bring them up to date.
 
@@ -268,7 +269,7 @@ def migrate_command(config: Settings, sql: bool) -> None:
 @click.option("--redis", "for_redis", is_flag=True, help="print users of Redis instead")
 @click.option("--stream", "streams", metavar="NAME", multiple=True,
               help="with --redis: the only streams to use; may be repeated")  # fmt: skip
-@with_settings(*CONNECTION, "lanes", "backfill_suffix")
+@with_settings(*DATABASE, "redis_prefix", "lanes", "backfill_suffix")
 def grants_command(
     config: Settings, wanted: bool, for_redis: bool, streams: tuple[str, ...], **given: str | None
 ) -> None:
@@ -302,7 +303,7 @@ def grants_command(
 
 
 @cli.command()
-@with_settings(*CONNECTION, "journal_retention_seconds")
+@with_settings(*DATABASE, "journal_retention_seconds")
 def prune(config: Settings) -> None:
     """Purge journal batches that are older than the retention.
 
@@ -325,7 +326,8 @@ def demo() -> None:
     """Show the outbox at work, on servers of its own that are gone afterwards.
 
     Imports the airports of the world under low priority while bookings and alerts keep coming,
-    kills the relay halfway, and shows what arrived, how late, and the same without lanes.
+    kills a relay and a consumer on the way, and shows what arrived, how late, and the same
+    without lanes.
 
     \b
     Example:
@@ -348,7 +350,7 @@ def demo() -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.option("--watch", is_flag=True, help="show it again every 2 s, until Ctrl-C")
-@with_settings(*CONNECTION, *LANE_SETTINGS)
+@with_settings(*DATABASE, *REDIS, *LANE_SETTINGS)
 def status(config: Settings, as_json: bool, watch: bool) -> None:
     """Show what waits, what was lost, who leads and who reads.
 

@@ -28,7 +28,8 @@ from outbox.errors import (
 from outbox.settings import Settings, redact
 from outbox.store import Store
 
-CONNECTION = ("database_url", "redis_url", "schema", "redis_prefix")
+DATABASE = ("database_url", "schema")
+REDIS = ("redis_url", "redis_prefix")
 DEBUG = "outbox.debug"  # in click's meta: whether tracebacks are wanted
 
 # -- errors and exit codes -------------------------------------------------------------------------

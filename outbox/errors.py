@@ -1,4 +1,4 @@
-"""One tree of errors. Drivers' errors are translated where they are raised, in `store`, `streams` and `groups`."""
+"""One tree of errors. Drivers' errors are translated where they are raised."""
 
 from datetime import timedelta
 

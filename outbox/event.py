@@ -230,7 +230,7 @@ def _fields(value: Any) -> Any:
     if hasattr(cls, "model_dump"):
         return value.model_dump(mode="json")
     if hasattr(cls, "__struct_fields__"):
-        return sys.modules["msgspec"].to_builtins(value, enc_hook=_plain)
+        return msgspec.to_builtins(value, enc_hook=_plain)
     if dataclasses.is_dataclass(cls):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(cls)}
     if hasattr(cls, "__attrs_attrs__"):

@@ -39,7 +39,7 @@ FOR_GROUP = b"dlq:group"  # in an entry of a lane: a replayed dead letter, which
 # KEYS: the lanes, primary ones first. ARGV: group, consumer, number of primary lanes, count, turn, and then what
 # to ack first: lane and entry id in pairs. Reads up to `count` entries of each primary lane; only if there are
 # none, one entry of one backfill lane. With nothing to give it answers with the newest entry id of each lane, for
-# `wait`. A count of backfill of 0 (turn -1) leaves backfill alone.
+# `wait`. `turn` is the backfill lane that is asked first; -1 leaves backfill alone.
 NEXT = """
 local group, consumer = ARGV[1], ARGV[2]
 local primaries, count, turn = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
+from collections.abc import Callable
 
-from outbox.errors import OutboxError
-from outbox.lanes import LOWEST, NO_PAUSE
+from outbox.errors import OutboxError, Unavailable
+from outbox.lanes import NO_PAUSE
 from outbox.loop import Every, Stop
+from outbox.priority import LOWEST
 from outbox.settings import Settings
-from outbox.store import Store
-from outbox.streams import Streams, memory_used
+from outbox.store import Store, database_refused
+from outbox.streams import Streams, memory_used, redis_refused
 
 log = logging.getLogger("outbox.housekeeper")
 
 TRIM_SECONDS = 10.0
 PRESSURE_SECONDS = 1.0
+SAY_AGAIN_SECONDS = 600.0  # that a chore fails
 
 
 class Housekeeper:
@@ -36,24 +40,36 @@ class Housekeeper:
         self._trim_again = Every(TRIM_SECONDS)
         self._unread: set[str] = set()  # lanes without a group when they were looked at last
         self._told: set[str] = set()
+        self._say_again: defaultdict[str, Every] = defaultdict(lambda: Every(SAY_AGAIN_SECONDS))
 
     def run(self) -> None:
-        """Keep house until stopped. Blocks; what ails a server is for the relay to report."""
+        """Keep house until stopped, each chore by itself, whatever becomes of the others. Blocks."""
+        pause = min(PRESSURE_SECONDS, max(0.1, self._settings.journal_retention_seconds / 10))
         while not self._stop.is_set():
-            purged = 0
-            try:
-                purged = self._store.purge(self._settings.journal_retention_seconds)
-                if self._pressure_again.due():
-                    self.look_at_pressure()
-                if self._trim_again.due():
-                    self.trim()
-            except OutboxError:
-                pass
+            if self._pressure_again.due():
+                self._do_or_log("how full Redis is cannot be seen", self.look_at_pressure)
+            purged = self._do_or_log("the journal cannot be purged", self.purge)
+            if self._trim_again.due():
+                self._do_or_log("the lanes cannot be trimmed", self.trim)
             if not purged:
-                self._stop.wait(
-                    min(PRESSURE_SECONDS, max(0.1, self._settings.journal_retention_seconds / 10))
-                )
+                self._stop.wait(pause)
         self.close()
+
+    def _do_or_log(self, failed: str, chore: Callable[[], int | None]) -> int | None:
+        """Do a chore and return what it does; where it fails, say so now and then, and return None."""
+        try:
+            return chore()
+        except OutboxError as error:
+            if not _is_the_relays(error) and self._say_again[failed].due():
+                log.warning("%s: %s", failed, error, extra={"action": "housekeeping_failed"})
+        except Exception:
+            if self._say_again[failed].due():
+                log.exception("a bug of the housekeeper: %s", failed, extra={"action": "housekeeper_bug"})
+        return None
+
+    def purge(self) -> int:
+        """Delete a few batches of the journal that are older than the retention; return how many."""
+        return self._store.purge(self._settings.journal_retention_seconds)
 
     def look_at_pressure(self) -> None:
         """Decide what the relay should leave in PostgreSQL, so that Redis does not fill up."""
@@ -61,7 +77,7 @@ class Housekeeper:
         entries = self._streams.lengths(self._lanes()) if settings.lane_max_entries else {}
         used, share = memory_used(self._streams.server()), settings.redis_memory_percent / 100
         pause = self._lane_rule.pause(entries, settings.lane_max_entries, used, share)
-        if pause[:2] != self.pause[:2]:
+        if pause.waiting != self.pause.waiting:
             what = [f"priorities below {pause.floor}"] if pause.floor > LOWEST else []
             log.warning(
                 "Redis has used %.0f %% of its memory; waiting in PostgreSQL: %s",
@@ -108,3 +124,11 @@ class Housekeeper:
         (self._unread.add if unread else self._unread.discard)(lane)
         if not unread:
             self._told.discard(lane)
+
+
+def _is_the_relays(error: OutboxError) -> bool:
+    """Return whether the relay meets an error, too, and reports it: a server is away, or must not be used.
+
+    A refusal it may never meet, as it asks other things of the servers, and perhaps nothing at all for hours.
+    """
+    return isinstance(error, Unavailable) and not (database_refused(error) or redis_refused(error))

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from outbox.priority import HIGHEST, LOWEST
+
 # Letters, digits and what keys of Redis are made of by custom; braces are the hash tag of a Redis Cluster.
 STREAM_NAME = re.compile(r"[A-Za-z0-9_.:{}/-]{1,200}")
 
 
-LOWEST, BEYOND = -32768, 32768  # of a smallint, and above it
+BEYOND = HIGHEST + 1  # a floor that no priority reaches
 
 
 class Pause(NamedTuple):
@@ -24,6 +26,11 @@ class Pause(NamedTuple):
     lanes: tuple[str, ...] = ()
     threshold: int = LOWEST
     suffix: str = ""
+
+    @property
+    def waiting(self) -> tuple[int, tuple[str, ...]]:
+        """What waits, without what a lane is."""
+        return self.floor, self.lanes
 
 
 NO_PAUSE = Pause()

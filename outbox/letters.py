@@ -13,7 +13,7 @@ from uuid import UUID
 import click
 from rich.console import Console
 
-from outbox.command import CONNECTION, Failed, failure, need_database, open_store, with_settings
+from outbox.command import DATABASE, Failed, failure, need_database, open_store, with_settings
 from outbox.dlq import DeadLetter, DeadLetters, readable
 from outbox.errors import RedisUnavailable
 from outbox.event import ENVELOPE
@@ -44,7 +44,7 @@ def dead() -> None:
 @dead.command("list")
 @LIMIT
 @click.option("--json", "as_json", is_flag=True, help="print JSON: a list of objects")
-@with_settings(*CONNECTION)
+@with_settings(*DATABASE)
 def dead_list(config: Settings, limit: int, as_json: bool) -> None:
     """List dead letters, the newest first, and why they died.
 
@@ -68,7 +68,7 @@ def dead_list(config: Settings, limit: int, as_json: bool) -> None:
 @dead.command("show")
 @click.argument("event_id", type=click.UUID)
 @click.option("--json", "as_json", is_flag=True, help="print JSON: an object")
-@with_settings(*CONNECTION)
+@with_settings(*DATABASE)
 def dead_show(config: Settings, event_id: UUID, as_json: bool) -> None:
     """Show a dead letter with its payload, headers and reason.
 
@@ -91,7 +91,7 @@ def dead_show(config: Settings, event_id: UUID, as_json: bool) -> None:
 @dead.command("retry")
 @EVENT_IDS
 @ALL
-@with_settings(*CONNECTION)
+@with_settings(*DATABASE)
 def dead_retry(config: Settings, event_ids: tuple[UUID, ...], everything: bool) -> None:
     """Move dead letters back to the outbox, as if new.
 
@@ -112,7 +112,7 @@ def dead_retry(config: Settings, event_ids: tuple[UUID, ...], everything: bool) 
 @EVENT_IDS
 @ALL
 @YES
-@with_settings(*CONNECTION)
+@with_settings(*DATABASE)
 def dead_drop(config: Settings, event_ids: tuple[UUID, ...], everything: bool, yes: bool) -> None:
     """Delete dead letters for good. Nobody will get these events.
 

@@ -142,6 +142,10 @@ class Every:
         self._next = now + self._seconds
         return True
 
+    def restart(self, seconds: float) -> None:
+        """Be due after `seconds`, and then every `seconds`: with 0 always, with inf never."""
+        self._seconds, self._next = seconds, time.monotonic() + seconds
+
 
 def finish(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that never suspends, because all that it awaits is blocking."""

@@ -53,18 +53,15 @@ from outbox.protocol import (
     settle,
     sift,
 )
-from outbox.settings import Settings
-from outbox.store import Back, Lead, Listener, Store, may_wait
+from outbox.settings import LONGEST_BATCH_SECONDS, Settings
+from outbox.store import Back, Claim, Lead, Listener, Store, may_wait
 from outbox.streams import EMPTY, Batch, Streams, decode, encode, faults
 from outbox.trace import Trace
 
 log = logging.getLogger("outbox.relay")
 
 CATCH_UP = 100  # journal batches that are sent again in one step
-LONGEST = (
-    0.02  # seconds that a batch should take: the next urgent event waits for it, and so do others in Redis
-)
-LEAST = 50  # events: a batch of fewer would not be faster, the step round it takes longer
+LEAST_EVENTS = 50  # a batch of fewer would not be faster, the step round it takes longer
 
 
 class Pace(NamedTuple):
@@ -161,10 +158,11 @@ class Relay:
         self.close()
 
     def drain(self, timeout_seconds: float = 30.0) -> int:
-        """Relay until nothing due is left, whoever publishes it, or until stopped; return how many we did.
+        """Relay until nothing due is left, whoever publishes it, or until stopped; return how many this call did.
 
-        Raises the last Unavailable after `timeout_seconds` of it.
+        Connections stay open until `close`. Raises the last Unavailable after `timeout_seconds` of it.
         """
+        before = self.published
         failing_since: float | None = None
         while not self.stop.is_set():
             try:
@@ -184,7 +182,7 @@ class Relay:
                 self._store.forget_positions()
                 self.stop.wait(0.05)
         self._store.rollback()
-        return self.published
+        return self.published - before
 
     def run_once(self, *, ahead: bool = False) -> int:
         """Take one step; return how many events it settled, 0 when there is nothing to do or another leads.
@@ -194,7 +192,7 @@ class Relay:
         """
         try:
             if self._check_redis.due():
-                self._check_unless_unreadable()
+                self._check_policy()
             return self._step(ahead)
         except BaseException:
             self._store.rollback()
@@ -216,36 +214,58 @@ class Relay:
         lead = self._lead()
         if lead is None:
             return 0
-        if self._in_doubt:
+        if self._in_doubt is not None:
             answer = self._look(lead, self._in_doubt)
             if not isinstance(answer, Added):
                 return self._recover(lead, answer)
             self._in_doubt = None
+        moved = self._move(lead, rows, ahead, started)
+        return self._step(ahead) if moved is None else moved
+
+    def _move(self, lead: Lead, rows: int, ahead: bool, started: float) -> int | None:
+        """Claim a batch and publish it; return how many events that settled.
+
+        None: the step is undone, and another is to begin at once. `started` is when this one did, by the
+        monotonic clock.
+        """
         goes_on = self._store.goes_on()
-        events = self._claim(lead, rows)
+        claim = self._claim(lead, rows)
         claimed = time.monotonic()
-        if self._store.swamped:
+        if claim.swamped:
             # What was claimed ahead must wait: more urgent events have come than go into a batch.
             self._store.rollback()
-            return self._step(ahead)
-        if not events:
+            return None
+        if not claim.events:
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()
             self._store.commit()
             return 0
         self._empty_steps = 0
-        fit, faulty, batch = self._prepare(events)
-        answer = self._publish(
-            lead.outbox_id,
-            lead.batch,
-            batch,
-            meanwhile=partial(self._claim_ahead, lead, rows) if ahead else None,
-        )
+        fit, faulty, batch = self._prepare(claim.events)
+        meanwhile = partial(self._claim_ahead, lead, rows) if ahead else None
+        answer = self._publish(lead.outbox_id, lead.batch, batch, meanwhile=meanwhile)
         if not isinstance(answer, Added):
             # The claim goes back, and the lock with it: what is to be done depends on what Redis says then.
             self._store.rollback()
             self._in_doubt = batch
-            return self._step(ahead)
+            return None
+        worked = self._settle(lead, fit, faulty, batch, answer)
+        if claim.overtaken:
+            self._urgent_at = worked
+        if goes_on:
+            fixed = claimed - started + time.monotonic() - worked
+            self._pace = self._pace.seen(fixed, (worked - claimed) / len(claim.events))
+        return len(claim.events)
+
+    def _settle(
+        self,
+        lead: Lead,
+        fit: list[Waiting],
+        faulty: list[Refusal[Waiting]],
+        batch: Batch,
+        answer: Added,
+    ) -> float:
+        """Journal what Redis has added, put back the rest, and commit; return when the commit began."""
         published, refused = settle(fit, answer)
         if refused:
             batch = self._encode(published)
@@ -254,12 +274,7 @@ class Relay:
         worked = time.monotonic()
         self._commit(lead, {lead.batch + 1: batch.ids})
         self.published += len(published)
-        if self._store.overtaken:
-            self._urgent_at = worked
-        if goes_on:
-            fixed = claimed - started + time.monotonic() - worked
-            self._pace = self._pace.seen(fixed, (worked - claimed) / len(events))
-        return len(events)
+        return worked
 
     def _rows(self) -> int:
         """Return how many events the next batch may have: what takes a hundredth of the calm before it.
@@ -268,10 +283,10 @@ class Relay:
         ago, the rarer they are.
         """
         most, calm = self._settings.batch_size, time.monotonic() - self._urgent_at
-        seconds = min(LONGEST, max(self._settings.batch_seconds, calm / 100))
-        return min(most, max(LEAST, self._pace.rows(seconds) or most))
+        seconds = min(LONGEST_BATCH_SECONDS, max(self._settings.batch_seconds, calm / 100))
+        return min(most, max(LEAST_EVENTS, self._pace.rows(seconds) or most))
 
-    def _claim(self, lead: Lead, rows: int) -> list[Waiting]:
+    def _claim(self, lead: Lead, rows: int) -> Claim:
         """Claim a batch, of what need not wait until Redis has room again."""
         pause = self._housekeeper.pause
         if not pause.lanes:
@@ -279,13 +294,13 @@ class Relay:
         # What waits must be passed row by row. No primary event should wait for that, so it has a tenth of the time.
         started = time.monotonic()
         above = pause._replace(floor=max(pause.floor, self._settings.threshold))
-        events = self._claim_but(lead, rows, above)
-        if not events and started >= self._behind_again:
-            events = self._claim_but(lead, rows, pause)
+        claim = self._claim_but(lead, rows, above)
+        if not claim.events and started >= self._behind_again:
+            claim = self._claim_but(lead, rows, pause)
             self._behind_again = time.monotonic() + 9 * (time.monotonic() - started)
-        return events
+        return claim
 
-    def _claim_but(self, lead: Lead, rows: int, pause: Pause) -> list[Waiting]:
+    def _claim_but(self, lead: Lead, rows: int, pause: Pause) -> Claim:
         return self._store.claim(lead, rows, self._settings.batch_bytes, pause)
 
     def _lead(self) -> Lead | None:
@@ -294,9 +309,9 @@ class Relay:
         if not self._leading:
             self._store.commit()  # of nothing: the store need not forget where its claims stopped
             return None
-        if self._streams.connect() and not self._in_doubt:
+        if self._streams.connect() and self._in_doubt is None:
             self._in_doubt = EMPTY
-        if self._in_doubt and self._store.goes_on():
+        if self._in_doubt is not None and self._store.goes_on():
             # Recovering commits, and would delete what was claimed ahead before it is published.
             self._store.rollback()
             return self._lead()
@@ -308,7 +323,7 @@ class Relay:
         return encode(self._settings.source, events, self._lane) if events else EMPTY
 
     def _claim_ahead(self, lead: Lead, rows: int) -> None:
-        if self._housekeeper.pause[:2] == NO_PAUSE[:2]:
+        if self._housekeeper.pause.waiting == NO_PAUSE.waiting:
             events = self._store.claim_ahead(lead, rows, self._settings.batch_bytes)
             self._prepared = Prepared(events, *self._prepare(events))
 
@@ -516,8 +531,7 @@ class Relay:
         except DatabaseUnavailable:
             return
         if self._listener is None:
-            self._listen_again = Every(float("inf"))
-            self._listen_again.due()
+            self._listen_again.restart(float("inf"))
             log.warning(
                 "notifications do not come through (a transaction-pooling proxy?): polling every %g s",
                 self._settings.poll_seconds, extra={"action": "wake_by_polling"},
@@ -536,14 +550,13 @@ class Relay:
             self._listener.close()
             self._listener = None
 
-    def _check_unless_unreadable(self) -> None:
+    def _check_policy(self) -> None:
         try:
             self._streams.check()
         except Unsuitable:
-            self._check_redis = Every(0)  # until it is right again
+            self._check_redis.restart(0)  # until it is right again
             raise
-        self._check_redis = Every(30)
-        self._check_redis.due()
+        self._check_redis.restart(30)
 
     def _back_off(self, error: OutboxError) -> None:
         pause = self._outage.next()

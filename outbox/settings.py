@@ -31,6 +31,7 @@ ENCODE = "a special character of a password must be percent-encoded: @ is %40, /
 
 
 MOST = 500_000_000  # of seconds, rows or bytes; what is made of them must fit an integer of PostgreSQL
+LONGEST_BATCH_SECONDS = 0.02  # the next urgent event waits for a batch, and so do others in Redis
 
 
 def _setting(
@@ -57,7 +58,10 @@ class Settings:
     batch_size: int = _setting(2000, "most events in a batch", 1)
     batch_bytes: int = _setting(1024 * 1024, "most bytes of payload in a batch", 1)
     batch_seconds: float = _setting(
-        0.003, "how long a batch should take while more urgent events keep coming", 0
+        0.003,
+        f"how long a batch takes while urgent events keep coming; up to {LONGEST_BATCH_SECONDS} in a calm",
+        0,
+        LONGEST_BATCH_SECONDS,
     )
     max_attempts: int = _setting(10, "refusals after which an event is a dead letter", 1)
     backoff_seconds: float = _setting(1.0, "pause after an event's first refusal; doubles", 0)

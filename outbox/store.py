@@ -42,7 +42,8 @@ from outbox.errors import (
     first_line,
 )
 from outbox.event import Waiting
-from outbox.lanes import LOWEST, NO_PAUSE, Pause
+from outbox.lanes import BEYOND, NO_PAUSE, Pause
+from outbox.priority import LOWEST
 from outbox.protocol import Mark
 
 TABLES = {
@@ -233,9 +234,9 @@ WITH gone AS (
 SELECT event_id FROM gone
 """
 
-LONGEST = 2500  # bytes of stream and key that the index of refused events can hold
 MANY = 10_000  # running transactions that are remembered one by one
-HIGHER, LOWER = 32768, -32769  # beyond any smallint
+INDEXED_BYTES = 2500  # of stream and key, that the index of refused events can hold
+BELOW = LOWEST - 1  # as BEYOND is above: no priority is there
 EVER = "-infinity"
 
 
@@ -251,7 +252,15 @@ class Lead(NamedTuple):
     seen_at: str  # the database's clock as the step began, less a second for a clock that is set back
 
 
-class Ahead(NamedTuple):
+class Claim(NamedTuple):
+    """What a step has claimed, in order."""
+
+    events: list[Waiting]
+    overtaken: bool = False  # more urgent events had come than were claimed ahead
+    swamped: bool = False  # and there may be more of them than go into a batch: the step must be rolled back
+
+
+class NextStep(NamedTuple):
     """What was claimed for the next step, in the transaction that it goes on in."""
 
     lead: Lead  # what the leader's row must say by then
@@ -277,11 +286,11 @@ class Positions:
         """Let the next claim scan from the top."""
         self._last.clear()
 
-    def parameters(self, from_top: bool = False, above: int = LOWER) -> dict[str, list[Any] | str]:
+    def parameters(self, from_top: bool = False, above: int = BELOW) -> dict[str, list[Any] | str]:
         """Return the claim's parameters that say where it starts, and above which priority it ends."""
         known = [] if from_top else sorted((known for known in self._last if known > above), reverse=True)
         return {
-            "priority": [HIGHER, *known],
+            "priority": [BEYOND, *known],
             "below": [*known, above],
             "created_at": [EVER, *(self._last[priority][0] for priority in known)],
             "id": [0, *(self._last[priority][1] for priority in known)],
@@ -337,10 +346,8 @@ class Store:
         self._idle_ms = max(100, int(takeover_seconds * 600))
         self._connection: psycopg.Connection | None = None
         self._spare: psycopg.Connection | None = None  # has the transaction of the next step, or none
-        self._ahead: Ahead | None = None
+        self._ahead: NextStep | None = None
         self._ahead_again = 0.0  # when to claim ahead again, after that has failed
-        self.overtaken = False  # the last claim found more urgent events than had been claimed ahead
-        self.swamped = False  # and there may be more of them than go into a batch
         self._statements: dict[tuple[str, ...], sql.Composed] = {}
         self._positions = Positions()
         self._full = False  # there was more than the last claim could take
@@ -374,27 +381,27 @@ class Store:
         """Return what the leader's row says; that is known in a step that goes on."""
         return self._ahead.lead if self._ahead else Lead._make(self._run(LEAD)[0])
 
-    def claim(self, lead: Lead, rows: int, size: int, pause: Pause = NO_PAUSE) -> list[Waiting]:
+    def claim(self, lead: Lead, rows: int, size: int, pause: Pause = NO_PAUSE) -> Claim:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
 
         They come in order: highest priority, then oldest, then lowest id. While any event is refused,
         those that must wait for one of their key are passed over; so is what is to `pause`. What was claimed
-        ahead comes with all of a higher priority that has come since; where that may not be all, `swamped` is
-        set, and the step must be rolled back.
+        ahead comes with all of a higher priority that has come since; where nothing has, it is the very list
+        that `claim_ahead` has returned.
         """
         with self._translated():
             ahead, self._ahead = self._ahead, None
-            self.overtaken = self.swamped = False
             if not ahead:
-                return self._claim(self._connected(), lead, rows, size, pause)
+                return Claim(self._claim(self._connected(), lead, rows, size, pause))
             if pause.lanes != self._paused_before:
                 self._positions.forget()
             limits = _limits(rows, size, pause)
             above = self._positions.parameters(above=ahead.events[-1].priority)
             urgent = self._claimed(self._connected(), lead.refused, above | limits)
             self._positions.advance(events := in_order(row[1:] for row in urgent))
-            self.overtaken, self.swamped = bool(urgent), _is_full(events, rows, size)
-            return sort(events + ahead.events) if urgent else ahead.events
+            if not urgent:
+                return Claim(ahead.events)
+            return Claim(sort(events + ahead.events), overtaken=True, swamped=_is_full(events, rows, size))
 
     def claim_ahead(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
         """Claim what follows this step's claim, if that was full, for the next step to go on with.
@@ -411,7 +418,7 @@ class Store:
             seen = Lead._make(self._begin(self._spare, NO_LONG_WAIT + ";" + LEAD).fetchall()[0])
             if not seen.refused:
                 events = self._claim(self._spare, seen, rows, size, NO_PAUSE, mine=lead.xid)
-                self._ahead = Ahead(seen._replace(batch=lead.batch + 1), events)
+                self._ahead = NextStep(seen._replace(batch=lead.batch + 1), events)
         except (psycopg.Error, UnicodeDecodeError, OutboxError):
             self._ahead_again = time.monotonic() + 1
         if time.monotonic() - now > self._idle_ms / 2000:  # a pool that is full, say
@@ -781,6 +788,12 @@ def database_in_clear(url: str) -> list[str]:
     return str(arguments["hostaddr"] or arguments["host"]).split(",")
 
 
+def database_refused(error: OutboxError) -> bool:
+    """Return whether PostgreSQL has answered a statement with an error, and neither ended the session nor was away."""
+    cause = error.__cause__
+    return isinstance(cause, psycopg.Error) and cause.diag.severity_nonlocalized == "ERROR"
+
+
 def in_order(rows: Iterable[tuple[Any, ...]]) -> list[Waiting]:
     """Return claimed rows in the order of the promise; RETURNING gives them in none."""
     return sort([*map(Waiting._make, rows)])
@@ -819,7 +832,7 @@ def _rolled_back(connection: psycopg.Connection | None) -> bool:
 
 def may_wait(event: Waiting) -> bool:
     """Return whether a refused event can wait for its retry: nothing of its key may pass it, which needs an index."""
-    return len(f"{event.stream}{event.key or ''}".encode()) <= LONGEST
+    return len(f"{event.stream}{event.key or ''}".encode()) <= INDEXED_BYTES
 
 
 def _put_back_row(back: Back) -> tuple[Any, ...]:

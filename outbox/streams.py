@@ -28,7 +28,14 @@ import msgpack
 import redis
 from redis.backoff import NoBackoff
 
-from outbox.errors import DamagedBatch, InvalidEvent, InvalidSetting, RedisUnavailable, Unsuitable
+from outbox.errors import (
+    DamagedBatch,
+    InvalidEvent,
+    InvalidSetting,
+    OutboxError,
+    RedisUnavailable,
+    Unsuitable,
+)
 from outbox.event import ENVELOPE, HEADER_NAME, Waiting, check_stream
 from outbox.protocol import Added, Ahead, Answer, Behind, Gone, Mark, Refused
 
@@ -540,6 +547,11 @@ def redis_in_clear(url: str) -> list[str]:
     pool = redis.ConnectionPool.from_url(url)
     encrypted = issubclass(pool.connection_class, redis.SSLConnection)
     return [] if encrypted else [str(pool.connection_kwargs.get("host", ""))]
+
+
+def redis_refused(error: OutboxError) -> bool:
+    """Return whether Redis has answered a command with an error, and was not away."""
+    return isinstance(error.__cause__, redis.ResponseError)
 
 
 def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], str]) -> Batch:

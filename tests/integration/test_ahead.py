@@ -282,7 +282,7 @@ def test_under_an_old_snapshot_claims_ahead_do_not_read_the_dead_rows_again(box)
         for _ in range(8):
             assert store.begin()
             lead = store.lead()
-            events = store.claim(lead, 500, 1_000_000)
+            events = store.claim(lead, 500, 1_000_000).events
             store._from_top_at = float("inf")
             store.claim_ahead(lead, 500, 1_000_000)
             store.record_batch(lead.batch + 1, len(events), b"")
@@ -294,7 +294,7 @@ def test_under_an_old_snapshot_claims_ahead_do_not_read_the_dead_rows_again(box)
 
 
 def test_batches_are_small_while_urgent_events_keep_coming_and_grow_with_the_calm(box, monkeypatch):
-    monkeypatch.setattr("outbox.relay.LEAST", 1)
+    monkeypatch.setattr("outbox.relay.LEAST_EVENTS", 1)
     monkeypatch.setattr(Pace, "rows", lambda pace, seconds: round(1000 * seconds))
     relay = box.relay(batch_size=30)
     relay._store._from_top_at = float("inf")

@@ -110,7 +110,7 @@ def steps(box: Box):
         store.begin()
         lead = store.lead()
         assert lead is not None
-        events = store.claim(lead, rows, 1_000_000)
+        events = store.claim(lead, rows, 1_000_000).events
         store.commit()
         store._from_top_at = float("inf")
         return [json.loads(event.payload) for event in events]

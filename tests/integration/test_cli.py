@@ -132,6 +132,34 @@ def test_run_has_an_option_for_every_setting(invoke: Invoke) -> None:
         assert f"--{name.replace('_', '-')} " in text
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["migrate"], ["prune"], ["dead", "list"], ["dead", "show", DEAD_ID], ["dead", "retry", "--all"],
+     ["dead", "drop", "--all", "--yes"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_command_without_redis_has_no_flag_for_it_and_does_not_mind_its_settings(
+    invoke: Invoke, database_url: str, stream: str, tmp_path: Path, arguments: list[str]
+) -> None:
+    bury(database_url, DEAD_ID, stream)
+    for flag, value in (("--redis-url", f"redis://{NOWHERE}"), ("--redis-prefix", "p")):
+        refused = invoke(*arguments, flag, value)
+        assert refused.exit_code == 2
+        assert "No such option" in refused.stderr
+        assert flag in refused.stderr
+    config = tmp_path / "relay.toml"
+    config.write_text('redis_prefix = "p"')
+    env = {"OUTBOX_DATABASE_URL": database_url, "OUTBOX_REDIS_URL": f"redis://{NOWHERE}"}
+    result = invoke(*arguments, "--config", str(config), **env)
+    assert result.exit_code == 0, result.output
+
+
+def test_grants_connect_to_no_redis_and_have_no_flag_for_its_url(invoke: Invoke) -> None:
+    text = invoke("grants", "--help").stdout
+    assert "--redis-prefix " in text
+    assert "--redis-url " not in text
+
+
 def test_help_of_status_documents_the_keys_of_its_json(invoke: Invoke) -> None:
     text = invoke("status", "--help").stdout
     for key in json.loads(invoke("status", "--json").stdout):
@@ -305,7 +333,7 @@ def test_the_start_says_which_servers_and_how(invoke: Invoke, variables: dict[st
     assert moment.endswith("Z")
     assert (level, action) == ("INFO", "relay_started")
     assert {f"database={database}", f"redis={redis}",
-            "schema=public", "lanes=on", "threshold=0", "batch_size=500",
+            "schema=public", "lanes=on", "threshold=0", "batch_size=2000",
             f"version={cli.version()}"} == {*fields}  # fmt: skip
 
 

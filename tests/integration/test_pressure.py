@@ -4,8 +4,8 @@ import pytest
 
 from outbox.cli import read_status
 from outbox.errors import RedisUnavailable
-from outbox.lanes import BEYOND, LOWEST, Lanes
-from outbox.priority import Priority
+from outbox.lanes import BEYOND, Lanes
+from outbox.priority import LOWEST, Priority
 from outbox.settings import Settings
 from tests.integration.test_wakeup import running, wait_until
 

@@ -185,6 +185,15 @@ def test_a_drain_waits_for_what_another_relay_has_in_hand(box):
     assert (box.lane(), box.waiting()) == (["a"], [])
 
 
+def test_a_drain_counts_its_own_events_and_may_be_repeated(box):
+    relay = box.relay()
+    box.add("a")
+    assert relay.drain() == 1
+    for name in "bc":
+        box.add(name)
+    assert (relay.drain(), relay.drain(), relay.published) == (2, 0, 3)
+
+
 def test_a_drain_ends_though_events_wait_for_their_time_or_their_retry(box):
     box.redis.set("broken", "no stream")
     box.add("refused", stream="broken", key="k")

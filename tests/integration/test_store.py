@@ -23,7 +23,7 @@ def store(box):
 def claim(store, rows=100, size=1_000_000):
     """Take a step and return the names of what it claimed."""
     assert store.begin()
-    events = store.claim(store.lead(), rows, size)
+    events = store.claim(store.lead(), rows, size).events
     store.commit()
     return [json.loads(event.payload)[:10] for event in events]
 

@@ -77,3 +77,15 @@ def test_a_clock_is_due_at_once_and_then_not():
     hourly, always = Every(3600), Every(0)
     assert (hourly.due(), hourly.due()) == (True, False)
     assert (always.due(), always.due()) == (True, True)
+
+
+def test_a_clock_that_is_restarted_is_due_as_often_as_it_is_told_then():
+    clock = Every(3600)
+    assert clock.due()
+    clock.restart(0)
+    assert (clock.due(), clock.due()) == (True, True)
+    clock.restart(3600)
+    assert not clock.due()
+    never = Every(0)
+    never.restart(float("inf"))
+    assert not never.due()

@@ -51,6 +51,8 @@ def test_variables_of_others_are_left_alone() -> None:
         ({"OUTBOX_BATCH_SIZE": "many"}, ["OUTBOX_BATCH_SIZE", "an integer", "'many'"]),
         ({"OUTBOX_BATCH_SIZE": "1.5"}, ["OUTBOX_BATCH_SIZE", "an integer"]),
         ({"OUTBOX_BATCH_SIZE": "0"}, ["OUTBOX_BATCH_SIZE", "at least 1"]),
+        ({"OUTBOX_BATCH_SECONDS": "0.021"}, ["OUTBOX_BATCH_SECONDS", "at most 0.02"]),
+        ({"OUTBOX_BATCH_SECONDS": "-0.001"}, ["OUTBOX_BATCH_SECONDS", "at least 0"]),
         ({"OUTBOX_POLL_SECONDS": "nan"}, ["OUTBOX_POLL_SECONDS", "at least"]),
         ({"OUTBOX_POLL_SECONDS": "inf"}, ["OUTBOX_POLL_SECONDS"]),
         ({"OUTBOX_LANES": "onn"}, ["OUTBOX_LANES", "on or off", "did you mean on?"]),
@@ -68,6 +70,11 @@ def test_a_wrong_variable_is_refused_by_its_name(environ: dict[str, str], parts:
     message = refusal(environ=environ)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
+def test_a_batch_may_take_any_time_up_to_the_longest(seconds: float) -> None:
+    assert Settings(batch_seconds=seconds).batch_seconds == seconds
 
 
 def test_a_wrong_flag_is_refused_by_its_name() -> None:

@@ -1,0 +1,185 @@
+"""The housekeeper does each chore by itself, says what a server refuses, and outlives every error."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import make_url
+
+from outbox import grants, housekeeper
+from outbox.housekeeper import Housekeeper
+from outbox.loop import Stop
+from outbox.settings import Settings
+from tests.integration.box import Box, before
+from tests.integration.test_answers import kill_backends
+from tests.integration.test_wakeup import PATIENCE_SECONDS, wait_until
+from tests.roles import role_url
+
+NOWHERE = "127.0.0.1:1"  # nothing listens there
+Keep = Callable[..., "Rounds"]
+
+
+class Rounds:
+    """A housekeeper at work in a thread of its own, and how often it has begun each chore."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keeper = Housekeeper(settings, Stop())
+        self.begun = {"look_at_pressure": 0, "purge": 0, "trim": 0}
+        for chore in self.begun:
+            before(self.keeper, chore, lambda chore=chore: self._count(chore), times=1_000_000)
+        self._thread = threading.Thread(target=self.keeper.run)
+
+    def _count(self, chore: str) -> None:
+        self.begun[chore] += 1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait(self, rounds: int = 3) -> None:
+        """Wait until each chore has been done so many times more, by a housekeeper that is alive."""
+        goal = {chore: count + rounds for chore, count in self.begun.items()}
+        wait_until(lambda: all(self.begun[chore] > goal[chore] for chore in goal) or not self.is_alive())
+        assert self.is_alive()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def end(self) -> None:
+        self.keeper._stop.set()
+        self._thread.join(PATIENCE_SECONDS)
+        assert not self.is_alive()
+
+
+@pytest.fixture
+def keep(box: Box, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Keep]:
+    """Make a housekeeper that does every chore in each round."""
+    monkeypatch.setattr(housekeeper, "TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(housekeeper, "PRESSURE_SECONDS", 0.02)
+    caplog.set_level(logging.WARNING, "outbox")
+    made: list[Rounds] = []
+
+    def keep(**settings: Any) -> Rounds:
+        named = {"database_url": box.database_url, "redis_url": box.redis_url, "lane_max_entries": 1}
+        made.append(Rounds(Settings(**named | settings)))
+        return made[-1]
+
+    yield keep
+    for rounds in made:
+        rounds.end()
+
+
+@pytest.fixture
+def published(box: Box) -> Box:
+    """A lane that is full, and two batches in the journal that are old enough to be purged."""
+    relay = box.relay(batch_size=1)
+    for name in "ab":
+        box.add(name)
+    relay.drain()
+    box.sql.execute("UPDATE outbox_journal SET published_at = now() - interval '2 hours'")
+    return box
+
+
+@pytest.fixture
+def limited(box: Box) -> Iterator[str]:
+    """The URL of a user of Redis who may not run XTRIM."""
+    user = f"housekeeper-{uuid4().hex}"
+    box.redis.execute_command("ACL", "SETUSER", user, "on", ">canary", "~*", "&*", "+@all", "-xtrim")
+    url = make_url(box.redis_url).set(username=user, password="canary")
+    yield url.render_as_string(hide_password=False)
+    box.redis.acl_deluser(user)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was logged of chores that fail."""
+    return [
+        f"{record.action}: {record.getMessage()}"
+        for record in caplog.records
+        if record.action.startswith("housekeep")
+    ]
+
+
+def journal(box: Box) -> int:
+    return int(box.value("SELECT count(*) FROM outbox_journal"))
+
+
+def test_what_a_role_may_not_purge_is_said_once_and_the_other_chores_go_on(
+    published: Box, roles: dict[str, str], keep: Keep, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, role = published.database_url, roles["relay"]
+    grants.apply(url, grants.statements({"relay": role}))
+    published.sql.execute(f"REVOKE DELETE ON outbox_journal FROM {role}")
+    rounds = keep(database_url=role_url(url, "relay"))
+    rounds.start()
+    rounds.wait()
+    (line,) = said(caplog)
+    assert line.startswith("housekeeping_failed: the journal cannot be purged: PostgreSQL: permission denied")
+    assert (rounds.keeper.pause.lanes, journal(published)) == (("s",), 2)
+
+
+def test_what_a_user_of_redis_may_not_trim_is_said_once_and_the_other_chores_go_on(
+    published: Box, limited: str, keep: Keep, caplog: pytest.LogCaptureFixture
+) -> None:
+    published.redis.xgroup_create("s", "g", "$")
+    rounds = keep(redis_url=limited)
+    rounds.start()
+    rounds.wait()
+    (line,) = said(caplog)
+    assert line.startswith("housekeeping_failed: the lanes cannot be trimmed: Redis: ")
+    assert (rounds.keeper.pause.lanes, journal(published)) == (("s",), 0)
+
+
+def test_each_chore_that_is_refused_is_said_again_after_a_time(
+    published: Box,
+    limited: str,
+    keep: Keep,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(housekeeper, "SAY_AGAIN_SECONDS", 0.0)
+    published.redis.xgroup_create("s", "g", "$")
+    rounds = keep(redis_url=limited)
+    rounds.start()
+    rounds.wait()
+    assert len(said(caplog)) > 1
+
+
+def test_what_is_away_is_for_the_relay_to_report(keep: Keep, caplog: pytest.LogCaptureFixture) -> None:
+    rounds = keep(database_url=f"postgresql://u@{NOWHERE}/d", redis_url=f"redis://{NOWHERE}")
+    rounds.start()
+    rounds.wait()
+    assert said(caplog) == []
+
+
+def test_a_connection_that_is_ended_is_no_refusal(
+    published: Box, keep: Keep, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds = keep()
+    rounds.start()
+    rounds.wait()
+    kill_backends(published)
+    published.redis.client_kill_filter(skipme=True, _type="normal")
+    published.redis.xtrim("s", maxlen=0)
+    rounds.wait()
+    assert (said(caplog), rounds.keeper.pause.lanes) == ([], ())
+
+
+@pytest.mark.parametrize("chore", ["look_at_pressure", "purge", "trim"])
+def test_a_bug_in_a_chore_is_logged_once_with_its_traceback_and_ends_nothing(
+    published: Box, keep: Keep, caplog: pytest.LogCaptureFixture, chore: str
+) -> None:
+    def stumble() -> None:
+        raise RuntimeError("no good")
+
+    rounds = keep()
+    before(rounds.keeper, chore, stumble, times=3)
+    rounds.start()
+    rounds.wait(rounds=5)
+    (line,) = said(caplog)
+    assert line.startswith("housekeeper_bug: a bug of the housekeeper: ")
+    assert "RuntimeError: no good" in caplog.text
+    assert (rounds.keeper.pause.lanes, journal(published)) == (("s",), 0)
