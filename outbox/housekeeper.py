@@ -44,7 +44,7 @@ class Housekeeper:
 
     def run(self) -> None:
         """Keep house until stopped, each chore by itself, whatever becomes of the others. Blocks."""
-        pause = min(PRESSURE_SECONDS, max(0.1, self._settings.journal_retention_seconds / 10))
+        rest_seconds = min(PRESSURE_SECONDS, max(0.1, self._settings.journal_retention_seconds / 10))
         while not self._stop.is_set():
             if self._pressure_again.due():
                 self._do_or_log("how full Redis is cannot be seen", self.look_at_pressure)
@@ -52,7 +52,7 @@ class Housekeeper:
             if self._trim_again.due():
                 self._do_or_log("the lanes cannot be trimmed", self.trim)
             if not purged:
-                self._stop.wait(pause)
+                self._stop.wait(rest_seconds)
         self.close()
 
     def _do_or_log(self, failed: str, chore: Callable[[], int | None]) -> int | None:
