@@ -61,27 +61,26 @@ from outbox.trace import Trace
 log = logging.getLogger("outbox.relay")
 
 CATCH_UP = 100  # journal batches that are sent again in one step
-LEAST_EVENTS = 50  # a batch of fewer would not be faster, the step round it takes longer
+EXPECTED = 25_000  # events a second: a step that is slower is slow whatever its batch, and needs a large one
 
 
 class Pace(NamedTuple):
     """How long a step takes in a backlog, in seconds: whatever its batch, and for each event of it."""
 
-    fixed: float = 0.0
-    each: float = 0.0
+    fixed: float
+    each: float
 
     def seen(self, fixed: float, each: float) -> Pace:
         """Return the pace after one more step."""
-        if not self.each:
-            return Pace(fixed, each)
         return Pace(self.fixed + 0.2 * (fixed - self.fixed), self.each + 0.2 * (each - self.each))
 
     def rows(self, seconds: float) -> int:
         """Return the size of a batch that takes so long; two thirds of the time are for its events, at least.
 
-        A smaller one would hardly be faster where the step itself is slow: a slow disk, a far or busy server.
+        A smaller one would hardly be faster where the step itself is slow: a slow disk, a far or busy server. Part of
+        that is in `each`, too, and the more so the smaller the batch: so it has no fewer than are to be expected.
         """
-        return int(max(seconds - self.fixed, 2 * self.fixed) / self.each) if self.each else 0
+        return int(max(EXPECTED * seconds, (seconds - self.fixed) / self.each, 2 * self.fixed / self.each))
 
 
 class Prepared(NamedTuple):
@@ -117,10 +116,9 @@ class Relay:
         )
         self._trace = Trace(settings.trace)
         self._prepared = Prepared([], [], [], EMPTY)
-        self._urgent_at = float(
-            "-inf"
-        )  # when an event came with a higher priority than a backlog; monotonic clock
-        self._pace = Pace()
+        self._pace: Pace | None = None  # not known yet
+        self._reached: int | None = None  # the priority at which the last batch of a backlog ended
+        self._urgent_at = float("-inf")  # when an event of a higher one came, by the monotonic clock
         self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._housekeeper = Housekeeper(settings, self.stop)
         self._behind_again = 0.0  # when to look behind what waits, by the monotonic clock
@@ -228,7 +226,7 @@ class Relay:
         None: the step is undone, and another is to begin at once. `started` is when this one did, by the
         monotonic clock.
         """
-        goes_on = self._store.goes_on()
+        goes_on, led = self._store.goes_on(), time.monotonic()
         claim = self._claim(lead, rows)
         claimed = time.monotonic()
         if claim.swamped:
@@ -250,12 +248,21 @@ class Relay:
             self._in_doubt = batch
             return None
         worked = self._settle(lead, fit, faulty, batch, answer)
-        if claim.overtaken:
-            self._urgent_at = worked
-        if goes_on:
-            fixed = claimed - started + time.monotonic() - worked
-            self._pace = self._pace.seen(fixed, (worked - claimed) / len(claim.events))
+        full = self._store.goes_on() or len(claim.events) >= rows
+        self._look_for_urgent(claim.events, full)
+        if full:
+            since = (
+                claimed if goes_on else led
+            )  # what was claimed ahead has taken its time in the step before
+            fixed, each = since - started + time.monotonic() - worked, (worked - since) / len(claim.events)
+            self._pace = self._pace.seen(fixed, each) if self._pace else Pace(fixed, each)
         return len(claim.events)
+
+    def _look_for_urgent(self, events: list[Waiting], full: bool) -> None:
+        """Note when events come that are more urgent than a backlog; `full`: there is more of it than this batch."""
+        if self._reached is not None and events[0].priority > self._reached:
+            self._urgent_at = time.monotonic()
+        self._reached = events[-1].priority if full else None
 
     def _settle(
         self,
@@ -284,7 +291,7 @@ class Relay:
         """
         most, calm = self._settings.batch_size, time.monotonic() - self._urgent_at
         seconds = min(LONGEST_BATCH_SECONDS, max(self._settings.batch_seconds, calm / 100))
-        return min(most, max(LEAST_EVENTS, self._pace.rows(seconds) or most))
+        return max(1, min(most, self._pace.rows(seconds))) if self._pace else most
 
     def _claim(self, lead: Lead, rows: int) -> Claim:
         """Claim a batch, of what need not wait until Redis has room again."""
@@ -311,19 +318,23 @@ class Relay:
             return None
         if self._streams.connect() and self._in_doubt is None:
             self._in_doubt = EMPTY
-        if self._in_doubt is not None and self._store.goes_on():
-            # Recovering commits, and would delete what was claimed ahead before it is published.
+        if self._store.goes_on() and (self._in_doubt is not None or self._waits_for_room()):
+            # Recovering commits, and would delete what was claimed ahead before it is published; and some of that may
+            # have to wait until Redis has room again.
             self._store.rollback()
             return self._lead()
         lead = self._store.lead()
         self._trace("lead", batch=lead.batch)
         return lead
 
+    def _waits_for_room(self) -> bool:
+        return self._housekeeper.pause.waiting != NO_PAUSE.waiting
+
     def _encode(self, events: list[Waiting]) -> Batch:
         return encode(self._settings.source, events, self._lane) if events else EMPTY
 
     def _claim_ahead(self, lead: Lead, rows: int) -> None:
-        if self._housekeeper.pause.waiting == NO_PAUSE.waiting:
+        if not self._waits_for_room():
             events = self._store.claim_ahead(lead, rows, self._settings.batch_bytes)
             self._prepared = Prepared(events, *self._prepare(events))
 

@@ -115,34 +115,37 @@ WITH since AS MATERIALIZED (
         SELECT min(began) FROM unnest(%(running)s::xid8[], %(began)s::timestamptz[]) AS t (xid, began)
         WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
     )) AS at
-)
-DELETE FROM {outbox} WHERE ctid = ANY (ARRAY(
-    SELECT place FROM (
-        SELECT place, sum(bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
-        FROM (
-            SELECT due.place, due.bytes
+), chosen AS MATERIALIZED (
+    SELECT ARRAY(
+        SELECT place FROM (
+            SELECT place, sum(bytes) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
             FROM (
-                SELECT priority, below, least(created_at, (SELECT at FROM since)) AS created_at,
-                       CASE WHEN created_at > (SELECT at FROM since) THEN 0 ELSE id END AS id
-                FROM unnest(%(priority)s::int[], %(below)s::int[],
-                            %(created_at)s::timestamptz[], %(id)s::bigint[])
-                     AS position (priority, below, created_at, id)
-            ) AS known
-            CROSS JOIN LATERAL (
-                (SELECT o.ctid AS place, {size} AS bytes FROM {outbox} o
-                 WHERE o.priority = known.priority
-                   AND (o.created_at, o.id) > (known.created_at, known.id) AND {due}
-                 ORDER BY o.created_at, o.id LIMIT %(rows)s)
-                UNION ALL
-                (SELECT o.ctid AS place, {size} AS bytes FROM {outbox} o
-                 WHERE o.priority < known.priority AND o.priority > known.below AND {due}
-                 ORDER BY o.priority DESC, o.created_at, o.id LIMIT %(rows)s)
-            ) AS due
-            LIMIT %(rows)s
-        ) AS first
-    ) AS sized
-    WHERE coalesce(before, 0) < %(bytes)s
-)) RETURNING (SELECT at::text FROM since), {columns}
+                SELECT due.place, due.bytes
+                FROM (
+                    SELECT priority, below, least(created_at, (SELECT at FROM since)) AS created_at,
+                           CASE WHEN created_at > (SELECT at FROM since) THEN 0 ELSE id END AS id
+                    FROM unnest(%(priority)s::int[], %(below)s::int[],
+                                %(created_at)s::timestamptz[], %(id)s::bigint[])
+                         AS position (priority, below, created_at, id)
+                ) AS known
+                CROSS JOIN LATERAL (
+                    (SELECT o.ctid AS place, {size} AS bytes FROM {outbox} o
+                     WHERE o.priority = known.priority
+                       AND (o.created_at, o.id) > (known.created_at, known.id) AND {due}
+                     ORDER BY o.created_at, o.id LIMIT %(rows)s)
+                    UNION ALL
+                    (SELECT o.ctid AS place, {size} AS bytes FROM {outbox} o
+                     WHERE o.priority < known.priority AND o.priority > known.below AND {due}
+                     ORDER BY o.priority DESC, o.created_at, o.id LIMIT %(rows)s)
+                ) AS due
+                LIMIT %(rows)s
+            ) AS first
+        ) AS sized
+        WHERE coalesce(before, 0) < %(bytes)s
+    ) AS places
+)
+DELETE FROM {outbox} WHERE ctid = ANY ((SELECT places FROM chosen)::tid[])
+RETURNING (SELECT cardinality(places) FROM chosen), (SELECT at::text FROM since), {columns}
 """
 
 ADOPT: LiteralString = """
@@ -256,8 +259,9 @@ class Claim(NamedTuple):
     """What a step has claimed, in order."""
 
     events: list[Waiting]
-    overtaken: bool = False  # more urgent events had come than were claimed ahead
-    swamped: bool = False  # and there may be more of them than go into a batch: the step must be rolled back
+    swamped: bool = (
+        False  # more urgent ones have come since than go into a batch: the step must be rolled back
+    )
 
 
 class NextStep(NamedTuple):
@@ -397,11 +401,11 @@ class Store:
                 self._positions.forget()
             limits = _limits(rows, size, pause)
             above = self._positions.parameters(above=ahead.events[-1].priority)
-            urgent = self._claimed(self._connected(), lead.refused, above | limits)
-            self._positions.advance(events := in_order(row[1:] for row in urgent))
+            urgent, _ = self._claimed(self._connected(), lead.refused, above | limits)
+            self._positions.advance(urgent)
             if not urgent:
                 return Claim(ahead.events)
-            return Claim(sort(events + ahead.events), overtaken=True, swamped=_is_full(events, rows, size))
+            return Claim(sort(urgent + ahead.events), swamped=_is_full(urgent, rows, size))
 
     def claim_ahead(self, lead: Lead, rows: int, size: int) -> list[Waiting]:
         """Claim what follows this step's claim, if that was full, for the next step to go on with.
@@ -449,14 +453,12 @@ class Store:
             self._positions.forget()  # what had to wait may be free now, in any priority
         from_top = started >= self._from_top_at
         parameters = self._positions.parameters(from_top) | _limits(rows, size, pause) | {"mine": mine}
-        found = self._claimed(connection, lead.refused, parameters)
+        events, since = self._claimed(connection, lead.refused, parameters)
         if from_top:
             # Rows that were not due when a claim passed them are found from the top only. While an old
             # snapshot is held, that reads every dead row: a twentieth of the time is its share. The
             # positions stay, or the next claims would read the dead rows of all higher priorities.
             self._from_top_at = time.monotonic() + 19 * (time.monotonic() - started)
-        events = in_order(row[1:] for row in found)
-        since = found[0][0] if found else EVER
         self._full = _is_full(events, rows, size)
         self._positions.moved(lead, events, since, events[-1].priority if self._full else pause.floor)
         self._refused_before, self._paused_before = lead.refused, pause.lanes
@@ -464,8 +466,12 @@ class Store:
 
     def _claimed(
         self, connection: psycopg.Connection, refused: bool, parameters: dict[str, Any]
-    ) -> list[tuple[Any, ...]]:
-        """Delete due rows and return them, each behind the time that the claim started at."""
+    ) -> tuple[list[Waiting], str]:
+        """Delete due rows; return them in order, and the time that the claim started at.
+
+        Raises DatabaseUnavailable where somebody has changed one of them while the claim waited for it: it is not
+        deleted, and those behind it must not pass.
+        """
         due = DUE
         if refused:
             due += FREE
@@ -473,7 +479,13 @@ class Store:
             due += FLOWING
         if parameters.get("mine"):
             due += OTHERS
-        return connection.execute(self._sql(CLAIM, due), parameters).fetchall()
+        rows = connection.execute(self._sql(CLAIM, due), parameters).fetchall()
+        if not rows:
+            return [], EVER
+        chosen, since = rows[0][:2]
+        if len(rows) < chosen:
+            raise DatabaseUnavailable("an event was changed by somebody else while it was claimed")
+        return in_order(row[2:] for row in rows), since
 
     def forget_positions(self) -> None:
         """Let the next claim scan from the top."""

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from outbox.errors import Unavailable
+from outbox.lanes import Lanes
 from outbox.relay import Pace
 from outbox.store import Store
 from tests.integration.box import after, before
@@ -293,42 +294,79 @@ def test_under_an_old_snapshot_claims_ahead_do_not_read_the_dead_rows_again(box)
         assert positions == [0, 4000]
 
 
-def test_batches_are_small_while_urgent_events_keep_coming_and_grow_with_the_calm(box, monkeypatch):
-    monkeypatch.setattr("outbox.relay.LEAST_EVENTS", 1)
+def test_what_was_claimed_ahead_is_given_back_when_redis_has_no_room_any_more(box, relay):
+    for name in "abcd":
+        box.add(name, priority=-100)
+    assert step(relay) == ["c", "d"]
+    box.add("low", priority=-50, stream="t")
+    relay._housekeeper.pause = Lanes().pause({"s:backfill": 2}, 2, 0.0, 0.8)
+    assert step(relay) == []
+    assert (box.lane("s:backfill"), box.lane("t:backfill"), box.waiting()) == (
+        ["a", "b"],
+        ["low"],
+        ["c", "d"],
+    )
+
+
+# -- how large a batch is ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paced(box, monkeypatch):
+    """A relay with batches of at most 30, and an event a millisecond; it has seen none yet."""
     monkeypatch.setattr(Pace, "rows", lambda pace, seconds: round(1000 * seconds))
     relay = box.relay(batch_size=30)
     relay._store._from_top_at = float("inf")
-    for n in range(120):
+    return relay
+
+
+def test_batches_are_small_while_urgent_events_keep_coming_and_grow_with_the_calm(box, paced):
+    for n in range(140):
         box.add(str(n), priority=-100)
-    relay.run_once(ahead=True)
+    paced.run_once(ahead=True)
     box.add("urgent", priority=100)
-    relay.run_once(ahead=True)
+    paced.run_once(ahead=True)
     for _ in range(3):
-        relay.run_once(ahead=True)
-    assert sizes(box) == [20, 21, 20, 3, 3]
-    relay._store.rollback()
-    relay._urgent_at -= 1.2
-    relay.run_once()
+        paced.run_once(ahead=True)
+    assert sizes(box) == [30, 31, 20, 3, 3]
+    paced._store.rollback()
+    paced._urgent_at -= 1.2
+    paced.run_once()
     assert 12 <= sizes(box)[5] <= 20
-    relay._urgent_at -= 60
-    relay.run_once()
+    paced._urgent_at -= 60
+    paced.run_once()
     assert sizes(box)[6] == 20
 
 
-def test_no_batch_has_more_events_than_it_may_nor_so_few_that_it_is_mostly_overhead(box, monkeypatch):
-    monkeypatch.setattr(Pace, "rows", lambda pace, seconds: 1)
-    for n in range(60):
-        box.add(str(n))
-    relay = box.relay(batch_size=55)
-    assert (relay.run_once(), relay.run_once()) == (50, 10)
-    for n in range(10):
-        box.add(str(n))
-    assert box.relay(batch_size=7).run_once() == 7
+def test_urgent_events_are_noticed_without_claims_ahead(box, paced):
+    for n in range(80):
+        box.add(str(n), priority=-100)
+    paced.run_once()
+    box.add("urgent", priority=-99)
+    for _ in range(3):
+        paced.run_once()
+    assert sizes(box) == [30, 20, 3, 3]
+
+
+def test_what_is_no_more_urgent_than_what_is_relayed_makes_no_batch_smaller(box, paced):
+    for n in range(80):
+        box.add(str(n), priority=100 if n < 60 else -100)
+    paced.run_once(ahead=True)
+    box.add("normal")
+    for _ in range(3):
+        paced.run_once(ahead=True)
+    assert sizes(box) == [30, 30, 20, 1]
+
+
+def test_a_batch_has_an_event_whatever_the_time(box):
+    box.add("a")
+    box.add("b")
+    relay = box.relay(batch_size=1, batch_seconds=0.0)
+    assert [relay.run_once() for _ in range(3)] == [1, 1, 0]
 
 
 def test_a_batch_takes_the_time_that_it_should_but_is_never_mostly_overhead():
-    assert Pace(fixed=1.0, each=0.5).rows(seconds=8.0) == 14
-    assert Pace(fixed=4.0, each=0.5).rows(seconds=8.0) == 16
-    assert Pace().rows(seconds=8.0) == 0
-    assert Pace().seen(1.0, 0.5) == (1.0, 0.5)
+    assert Pace(fixed=0.004, each=0.00001).rows(seconds=0.02) == pytest.approx(1600, abs=1)
+    assert Pace(fixed=0.010, each=0.00001).rows(seconds=0.02) == pytest.approx(2000, abs=1)
+    assert Pace(fixed=0.010, each=0.001).rows(seconds=0.02) == 500  # a slow Redis, say
     assert Pace(1.0, 0.5).seen(2.0, 1.0) == pytest.approx((1.2, 0.6))

@@ -1,13 +1,16 @@
 """Which events a batch takes, and in which order."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
 
+from outbox.errors import DatabaseUnavailable
 from outbox.store import CLAIM, Store
 from tests.integration.box import Box
+from tests.integration.test_wakeup import wait_until
 
 
 def test_highest_priority_first_then_oldest_and_each_to_its_lane(box):
@@ -96,6 +99,28 @@ def test_an_event_is_not_published_before_it_is_due(box):
     box.sql.execute("UPDATE outbox SET available_at = now()")
     relay.drain()
     assert box.lane() == ["now", "later"]
+
+
+def test_an_event_that_somebody_changes_while_it_is_claimed_is_not_passed(box):
+    for name in ("e1", "e2"):
+        box.add(name, key="k")
+    relay = box.relay()
+    with box.connect() as operator, ThreadPoolExecutor() as thread:
+        operator.execute("UPDATE outbox SET available_at = now() WHERE payload::text = '\"e1\"'")
+        step = thread.submit(relay.run_once)
+        wait_until(
+            lambda: (
+                box.sql.execute(
+                    "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                ).rowcount
+            )
+        )
+        operator.commit()
+        with pytest.raises(DatabaseUnavailable, match="an event was changed by somebody else"):
+            step.result()
+    assert (box.lane(), box.waiting()) == ([], ["e1", "e2"])
+    relay.drain()
+    assert box.lane() == ["e1", "e2"]
 
 
 # -- positions --------------------------------------------------------------------------------------------
