@@ -49,14 +49,16 @@ def main(
     where = f"seed {seed}, {testing.find_postgres().version()}, {testing.find_redis().version()}"
     say(where)
     lines: list[Line] = []
-    for scenario in chosen:
-        if scenario.missing:
-            say(f"{scenario.name:26} skipped: {scenario.missing}")
-            continue
-        for line in both_sides(scenario, times or (scenario.long if long else scenario.short), seed):
-            say(progress_line(line))
-            lines.append(line)
-    (show_markdown if markdown else show)(lines, where)
+    try:
+        for scenario in chosen:
+            if scenario.missing:
+                say(f"{scenario.name:26} skipped: {scenario.missing}")
+                continue
+            for line in both_sides(scenario, times or (scenario.long if long else scenario.short), seed):
+                say(progress_line(line))
+                lines.append(line)
+    finally:  # what has been seen, after Ctrl-C too
+        (show_markdown if markdown else show)(lines, where)
     sys.exit(any(line.counts_as_failure() for line in lines))
 
 
