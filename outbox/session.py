@@ -116,7 +116,7 @@ class _Recorder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._waiting: dict[int, Recorded] = {}  # since the last flush, by identity, in order
-        self._dirt: _Dirt | None = None
+        self._dirt: InstanceState[_Dirt] | None = None
         # Events of objects in this transaction, in order, and how many there were at each savepoint.
         self._owned: list[tuple[_Own, weakref.ref[Any]]] = []
         self._marks: dict[SessionTransaction, int] = {}
@@ -125,10 +125,10 @@ class _Recorder:
     def add(self, row: Recorded) -> None:
         """Have the row inserted with the next flush."""
         executing = self._session._warn_on_events  # its flush takes no more objects; the row goes with it
-        if not executing and (self._dirt is None or self._dirt not in self._session):
+        if not executing and (self._dirt is None or not self._dirt.pending):
             dirt = _Dirt()
             self._session.add(dirt)
-            self._dirt = dirt
+            self._dirt = inspect(dirt)
         self._waiting[id(row)] = row
 
     def take(self, own: _Own, owner: Any) -> None:
@@ -156,8 +156,8 @@ class _Recorder:
 
     def _insert(self, connection: Connection) -> None:
         rows, self._waiting = [*self._waiting.values()], {}
-        if self._dirt and inspect(self._dirt).pending:  # it came too late for this flush, and needs no other
-            self._session.expunge(self._dirt)
+        if self._dirt and self._dirt.pending:  # it came too late for this flush, and needs no other
+            self._session.expunge(self._dirt.obj())
         self._dirt = None
         for start in range(0, len(rows), PAGE):
             connection.execute(INSERT, {"events": _json(rows[start : start + PAGE])})

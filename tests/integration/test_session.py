@@ -421,6 +421,16 @@ def test_what_was_flushed_stays_recorded_when_its_object_is_expunged(engine, ses
     assert keys(engine) == ["c1"]
 
 
+def test_a_flush_after_all_events_were_expunged_is_not_the_last_one(engine, session):
+    customer = Customer.register("c1")
+    session.add(customer)
+    session.expunge(customer)
+    session.flush()
+    publish(session, Counted(1))
+    session.flush()
+    assert session.scalar(text("SELECT count(*) FROM outbox")) == 1
+
+
 @pytest.mark.parametrize("bring", [Session.add, Session.delete, Session.merge])
 def test_an_object_of_no_session_brings_its_events(engine, session, bring):
     customer = Customer(id="c1")
