@@ -6,7 +6,8 @@ PostgreSQL undoes and keeps it, savepoints included. Until then it is a pending 
 makes sure of the flush, before a savepoint, a commit, or a query, whatever becomes of the session's others.
 
 An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
-become its own again with it, and are recorded when it is added or merged once more.
+become its own again with it, and are recorded when it is added or merged once more. So do the events of an object
+that is expunged before the flush that would write it.
 """
 
 from __future__ import annotations

@@ -88,10 +88,12 @@ class SessionMachine(RuleBasedStateMachine):
         self.merged.append(customer)
         self.take(customer)
 
-    @precondition(lambda self: self.pending())
+    @precondition(lambda self: self.pending() or self.addable())
     @rule(which=pick)
     def expunge(self, which: int) -> None:
         """Take an object away before its flush; one that is pending was added since the last savepoint."""
+        if not self.pending():
+            self.add(which)
         customer = self.pending()[which % len(self.pending())]
         self.session.expunge(customer)
         self.carried[customer] = [n for n, owner in self.levels[-1] if n and owner is customer]
