@@ -6,7 +6,8 @@ PostgreSQL undoes and keeps it, savepoints included. Until then it is a pending 
 makes sure of the flush, before a savepoint, a commit, or a query, whatever becomes of the session's others.
 
 An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
-become its own again with it, and are recorded when it is added or merged once more.
+become its own again with it, and are recorded when it is added or merged once more. So do the events of an object
+that is expunged before the flush that would write it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Mapper, Session, SessionTransaction, object_session, registry
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, object_session, registry
 from sqlalchemy.orm.interfaces import MapperProperty
 
-from outbox.errors import InvalidEvent
+from outbox.errors import InvalidEvent, first_line
 from outbox.event import Recorded, encode
 from outbox.tables import outbox
 
@@ -67,7 +69,8 @@ def publish(
     scope of `processing_priority`. `available_at` (with a time zone) is the earliest time to publish it. An
     `event_id` of the caller's own makes a repeated recording harmless while the first is still waiting.
 
-    Raises InvalidEvent, which names the field, before any SQL; the session stays usable.
+    Raises InvalidEvent, which names the field, before any SQL; the session stays usable. Raises SQLAlchemy's
+    InvalidRequestError where the session can run no SQL: in a hook after its commit, say.
     """
     row = encode(
         event,
@@ -87,15 +90,15 @@ class RecordsEvents:
     """Mixin of a mapped class: `self.record(event)` lands in the outbox with the flush that writes the object.
 
     On an object of no session the event waits with the object. An object that is garbage before it is added
-    takes its events with it, as it does its columns.
+    takes its events with it, as it does its columns; so does one that is expunged before its flush.
     """
 
     def record(self, event: object, **options: Any) -> UUID:
         """Record an event, with the options of `publish`; the priority is that of the scope in force now."""
         own = _Own(encode(event, **options))
-        self.__dict__.setdefault(OWN, []).append(own)
         if session := object_session(self):
             _recorder(session).take(own, self)
+        self.__dict__.setdefault(OWN, []).append(own)
         return own.row.event_id
 
 
@@ -113,26 +116,33 @@ class _Recorder:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._waiting: list[Recorded] = []  # since the last flush
-        self._dirt: _Dirt | None = None
+        self._waiting: dict[int, Recorded] = {}  # since the last flush, by identity, in order
+        self._dirt: InstanceState[_Dirt] | None = None
         # Events of objects in this transaction, in order, and how many there were at each savepoint.
         self._owned: list[tuple[_Own, weakref.ref[Any]]] = []
         self._marks: dict[SessionTransaction, int] = {}
+        self._undone: SessionTransaction | None = None  # the savepoint that was rolled back last
 
     def add(self, row: Recorded) -> None:
         """Have the row inserted with the next flush."""
-        if not self._session._flushing and (self._dirt is None or self._dirt not in self._session):
+        executing = self._session._warn_on_events  # its flush takes no more objects; the row goes with it
+        if not executing and (self._dirt is None or not self._dirt.pending):
             dirt = _Dirt()
             self._session.add(dirt)
-            self._dirt = dirt
-        self._waiting.append(row)
+            self._dirt = inspect(dirt)
+        self._waiting[id(row)] = row
 
     def take(self, own: _Own, owner: Any) -> None:
-        """Add an event of an object, unless a session has it already."""
-        if not own.taken:
-            self.add(own.row)
-            own.taken = True
-            self._owned.append((own, weakref.ref(owner)))
+        """Add an event of an object."""
+        self.add(own.row)
+        own.taken = True
+        self._owned.append((own, weakref.ref(owner)))
+
+    def give_back(self, state: InstanceState[Any]) -> None:
+        """Leave the events to an object that is expunged before the flush that would insert them."""
+        for own in state.dict.get(OWN, ()):
+            if self._waiting.pop(id(own.row), None):
+                own.taken = False
 
     def mark(self, savepoint: SessionTransaction) -> None:
         """Note where a savepoint begins. What still waits was recorded before it, and is inserted before it."""
@@ -146,7 +156,10 @@ class _Recorder:
             self._insert(self._session.connection(bind_arguments={"clause": outbox}))
 
     def _insert(self, connection: Connection) -> None:
-        rows, self._waiting, self._dirt = self._waiting, [], None
+        rows, self._waiting = [*self._waiting.values()], {}
+        if self._dirt and self._dirt.pending:  # it came too late for this flush, and needs no other
+            self._session.expunge(self._dirt.obj())
+        self._dirt = None
         for start in range(0, len(rows), PAGE):
             connection.execute(INSERT, {"events": _json(rows[start : start + PAGE])})
 
@@ -160,15 +173,21 @@ class _Recorder:
                 owner.__dict__[OWN] = [own for own in owner.__dict__[OWN] if not own.taken]
         self._owned.clear()
 
+    def undo(self) -> None:
+        """Note that the innermost savepoint, if there is one, was rolled back."""
+        self._undone = self._session.get_nested_transaction()
+
     def end(self, transaction: SessionTransaction) -> None:
         """Forget what a transaction or savepoint has recorded that ends without a commit."""
         start = self._marks.pop(transaction, None) if transaction.nested else 0
-        if start is None:
-            return
+        if start is None or (transaction.nested and transaction is not self._undone):
+            return  # committed, or closed with an outer one, which takes all that is inside with it
+        self._undone = None
         self._waiting.clear()
         for own, reference in self._owned[start:]:
-            owner = reference()
-            own.taken = owner is None or not inspect(owner).transient
+            if own.taken:
+                owner = reference()
+                own.taken = owner is None or not inspect(owner).transient
         del self._owned[start:]
 
 
@@ -233,10 +252,27 @@ def _sync_session(session: Any) -> Session:
 
 
 def _recorder(session: Session) -> _Recorder:
+    """Return the session's recorder, or raise InvalidRequestError where no flush would follow."""
+    if not session.is_active:
+        try:
+            session.connection(bind_arguments={"clause": outbox})
+        except InvalidRequestError as error:
+            if error.code != "isce":  # the transaction is just getting its connection, in `after_begin`
+                raise InvalidRequestError(
+                    "no event can be recorded when the session's transaction has ended: publish before the "
+                    f"commit, or in a new transaction ({first_line(error)})"
+                ) from error
     if INFO not in session.info:
         session.info[INFO] = _Recorder(session)
     recorder: _Recorder = session.info[INFO]
     return recorder
+
+
+def _take_all(session: Session, owner: Any, values: Mapping[str, Any]) -> None:
+    """Have the session take the events of an object that no session has."""
+    for own in values.get(OWN, ()):
+        if not own.taken:
+            _recorder(session).take(own, owner)
 
 
 # -- the session's events; each is a look into a dict for sessions that record nothing ----------------------
@@ -269,17 +305,39 @@ def _on_commit(session: Session) -> None:
         recorder.keep()
 
 
-@event.listens_for(Session, "after_transaction_end")
+@event.listens_for(Session, "after_rollback")
+def _on_rollback(session: Session) -> None:
+    if recorder := session.info.get(INFO):
+        recorder.undo()
+
+
+# It comes before the hooks of others, which may record in the next transaction.
+@event.listens_for(Session, "after_transaction_end", insert=True)
 def _on_end(session: Session, transaction: SessionTransaction) -> None:
     boundary = transaction.nested or transaction.parent is None  # not a flush's own
     if boundary and (recorder := session.info.get(INFO)):
         recorder.end(transaction)
 
 
-@event.listens_for(Session, "transient_to_pending")
+@event.listens_for(Session, "after_attach")
 def _on_add(session: Session, instance: Any) -> None:
-    for own in instance.__dict__.get(OWN, ()):
-        _recorder(session).take(own, instance)
+    try:
+        _take_all(session, instance, instance.__dict__)
+    except InvalidRequestError:  # a later flush would write the object without its events
+        session.expunge(instance)
+        raise
+
+
+@event.listens_for(Session, "pending_to_transient", raw=True)
+def _on_expunge(session: Session, state: InstanceState[Any]) -> None:
+    if recorder := session.info.get(INFO):
+        recorder.give_back(state)
+
+
+@event.listens_for(Session, "persistent_to_detached", raw=True)
+def _on_detach(session: Session, state: InstanceState[Any]) -> None:
+    if state.modified:  # what is not changed has no flush to wait for
+        _on_expunge(session, state)
 
 
 class _Events(MapperProperty[Any]):
@@ -296,8 +354,7 @@ class _Events(MapperProperty[Any]):
         _recursive: Any,
         _resolve_conflict_map: Any,
     ) -> None:
-        for own in source_dict.get(OWN, ()):
-            _recorder(session).take(own, source_state.obj())
+        _take_all(session, source_state.obj(), source_dict)
 
 
 @event.listens_for(RecordsEvents, "after_mapper_constructed", propagate=True)

@@ -369,6 +369,268 @@ def test_mappings_of_every_kind(engine, session):
     assert counted(engine) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("all_objects", [False, True])
+def test_a_new_object_that_is_expunged_takes_its_events_along(engine, session, all_objects):
+    customer = Customer.register("c1")
+    session.add(customer)
+    publish(session, Counted(1))
+    session.expunge_all() if all_objects else session.expunge(customer)
+    session.commit()
+    assert [row.type for row in rows(engine)] == ["Counted"]
+    session.add(customer)
+    session.commit()
+    assert [row.type for row in rows(engine)] == ["Counted", "CustomerRegistered"]
+
+
+def test_a_change_that_is_expunged_takes_its_events_along_and_brings_them_back(engine, session):
+    customer = Customer(id="c1")
+    session.add(customer)
+    session.commit()
+    for n, finish in enumerate((session.commit, session.rollback, session.close)):
+        customer.name = f"{n}"
+        customer.record(Counted(n))
+        session.expunge(customer)
+        finish()
+        assert counted(engine) == [*range(n)]
+        session.add(customer)
+        session.commit()
+        assert counted(engine) == [*range(n + 1)]
+
+
+def test_an_object_without_changes_leaves_its_events_behind_when_it_is_expunged(engine, session):
+    customer = Customer(id="c1")
+    session.add(customer)
+    session.commit()
+    session.execute(update(Customer).values(name="x"))
+    customer.record(Counted(1))
+    session.expunge(customer)
+    session.commit()
+    session.add(customer)
+    session.commit()
+    assert counted(engine) == [1]
+
+
+def test_what_was_flushed_stays_recorded_when_its_object_is_expunged(engine, session):
+    customer = Customer.register("c1")
+    session.add(customer)
+    session.flush()
+    session.expunge(customer)
+    session.commit()
+    session.add(customer)
+    session.commit()
+    assert keys(engine) == ["c1"]
+
+
+def test_a_flush_after_all_events_were_expunged_is_not_the_last_one(engine, session):
+    customer = Customer.register("c1")
+    session.add(customer)
+    session.expunge(customer)
+    session.flush()
+    publish(session, Counted(1))
+    session.flush()
+    assert session.scalar(text("SELECT count(*) FROM outbox")) == 1
+
+
+@pytest.mark.parametrize("bring", [Session.add, Session.delete, Session.merge])
+def test_an_object_of_no_session_brings_its_events(engine, session, bring):
+    customer = Customer(id="c1")
+    session.add(customer)
+    session.commit()
+    session.close()
+    customer.record(Counted(1))
+    bring(session, customer)
+    session.commit()
+    assert counted(engine) == [1]
+
+
+@pytest.mark.parametrize("inside", ["outer", "inner"])
+def test_an_outer_savepoint_rolled_back_with_an_inner_one_open_gives_events_back(engine, session, inside):
+    customer = Customer(id="c1")
+    outer = session.begin_nested()
+    if inside == "outer":
+        session.add(customer)
+        customer.record(Counted(1))
+    session.begin_nested()
+    session.add(customer)
+    customer.record(Counted(2))
+    publish(session, Counted(3))
+    outer.rollback()
+    session.add(customer)
+    session.commit()
+    assert counted(engine) == ([1, 2] if inside == "outer" else [2])
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_a_savepoint_has_undone_does_not_come_back_with_an_outer_one(engine, session, at_once):
+    customer = Customer(id="c1")
+    outer = session.begin_nested()
+    session.add(customer)
+    customer.record(Counted(1))
+    inner = session.begin_nested()
+    customer.record(Counted(2))
+    if at_once:  # from the innermost outwards
+        session.rollback()
+    else:
+        inner.rollback()
+        outer.rollback()
+    session.add(customer)
+    session.commit()
+    assert counted(engine) == [1]
+
+
+# -- hooks of the service's own ---------------------------------------------------------------------------
+
+ENDED = r"^no event can be recorded .*: publish before the commit, or in a new transaction \(This "
+
+
+@pytest.mark.parametrize("hook", ["after_commit", "after_rollback"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_after_a_commit_or_rollback_recording_is_refused(engine, session, hook, nested):
+    customer = Customer(id="c1")
+    session.add(customer)
+    session.commit()
+    end = session.begin_nested() if nested else session.begin()
+    refused = []
+
+    @event.listens_for(session, hook, once=True)
+    def record_late(session):
+        for record in (lambda: publish(session, Counted(1)), lambda: customer.record(Counted(2))):
+            with pytest.raises(InvalidRequestError, match=ENDED) as caught:
+                record()
+            refused.append(caught)
+
+    end.commit() if hook == "after_commit" else end.rollback()
+    assert len(refused) == 2
+    publish(session, Counted(3))
+    session.commit()
+    assert counted(engine) == [3]
+
+
+def test_a_refusal_that_no_hook_expects_reaches_who_commits(engine, session):
+    event.listen(session, "after_commit", lambda session: publish(session, Counted(1)))
+    publish(session, Counted(2))
+    with pytest.raises(InvalidRequestError, match=ENDED):
+        session.commit()
+    assert counted(engine) == [2]
+
+
+def test_asynchronous_hooks_are_refused_alike(database_url, engine):
+    async def record() -> None:
+        asynchronous = create_async_engine(database_url)
+        async with AsyncSession(asynchronous) as session:
+            event.listen(session.sync_session, "before_commit", lambda _: publish(session, Counted(1)))
+            event.listen(session.sync_session, "after_commit", lambda _: publish(session, Counted(2)))
+            with pytest.raises(InvalidRequestError, match=ENDED):
+                await session.commit()
+        await asynchronous.dispose()
+
+    asyncio.run(record())
+    assert counted(engine) == [1]
+
+
+def test_between_prepare_and_commit_recording_is_refused(engine):
+    with Session(engine, twophase=True) as session:
+        publish(session, Counted(1))
+        session.prepare()
+        with pytest.raises(InvalidRequestError, match=ENDED):
+            publish(session, Counted(2))
+        session.commit()
+    assert counted(engine) == [1]
+
+
+def test_between_a_flush_that_failed_and_its_rollback_recording_is_refused(engine, session):
+    session.add(Customer(id="c1"))
+    session.commit()
+    session.add(Customer(id="c1"))
+    with pytest.raises(IntegrityError):
+        session.flush()
+    with pytest.raises(InvalidRequestError, match=ENDED + ".*first issue Session.rollback"):
+        publish(session, Counted(1))
+    session.rollback()
+    publish(session, Counted(2))
+    session.commit()
+    assert counted(engine) == [2]
+
+
+@pytest.mark.parametrize(
+    "hook", ["after_begin", "before_flush", "after_flush", "after_flush_postexec", "before_commit"]
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_what_hooks_of_a_transaction_record_lands_with_it(engine, session, hook, first):
+    if not first:
+        session.begin_nested().commit()
+        session.commit()
+    event.listen(session, hook, lambda session, *_: publish(session, Counted(1)), once=True)
+    session.add(Customer(id="c1"))
+    session.commit()
+    assert counted(engine) == [1]
+
+
+def test_a_hook_may_record_with_every_flush(engine, session):
+    event.listen(session, "after_flush", lambda session, *_: publish(session, Counted(1)))
+    session.add(Customer(id="c1"))
+    session.commit()
+    session.add(Customer(id="c2"))
+    session.commit()
+    assert counted(engine) == [1, 1]
+
+
+@pytest.mark.parametrize("finish", [Session.commit, Session.rollback])
+def test_what_is_recorded_when_a_transaction_has_ended_belongs_to_the_next(engine, session, finish):
+    session.add(Customer(id="c1"))
+
+    @event.listens_for(session, "after_transaction_end")
+    def record(session, transaction):
+        if transaction.parent is None and not session.in_transaction() and not keys(engine):
+            publish(session, Counted(1))
+
+    finish(session)
+    assert counted(engine) == []
+    session.commit()
+    assert counted(engine) == [1]
+
+
+def test_what_is_recorded_when_a_flush_or_savepoint_has_ended_belongs_to_what_is_around_it(engine, session):
+    numbers = iter(range(9))
+
+    @event.listens_for(session, "after_transaction_end")
+    def record(session, transaction):
+        if transaction.parent is not None and (n := next(numbers)) < 2:
+            publish(session, Counted(n))
+
+    session.add(Customer(id="c1"))
+    session.commit()
+    assert counted(engine) == [0, 1]
+
+
+def test_what_is_recorded_after_a_rollback_belongs_to_the_next_transaction(engine, session):
+    event.listen(session, "after_soft_rollback", lambda session, _: publish(session, Counted(1)), once=True)
+    session.add(Customer(id="c1"))
+    session.rollback()
+    session.commit()
+    assert counted(engine) == [1]
+
+
+@pytest.mark.parametrize("hook", ["after_commit", "after_rollback"])
+def test_an_object_with_events_is_not_added_after_a_commit_or_rollback(engine, session, hook):
+    customer = Customer.register("c1")
+
+    @event.listens_for(session, hook, once=True)
+    def add_late(session):
+        session.add(Customer(id="c2"))
+        with pytest.raises(InvalidRequestError, match=ENDED):
+            session.add(customer)
+        assert customer not in session
+
+    session.connection()
+    session.commit() if hook == "after_commit" else session.rollback()
+    session.commit()
+    assert keys(engine) == []
+    session.add(customer)
+    session.commit()
+    assert keys(engine) == ["c1"]
+
+
 # -- priority, order, cost --------------------------------------------------------------------------------
 
 

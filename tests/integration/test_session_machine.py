@@ -41,7 +41,7 @@ class SessionMachine(RuleBasedStateMachine):
         with self.engine.begin() as connection:
             connection.execute(text("INSERT INTO customer VALUES ('taken', '')"))
         self.session = Session(self.engine)
-        self.levels: list[list[tuple[int, Any]]] = [[]]  # (event, its object) by savepoint
+        self.levels: list[list[tuple[int, Any]]] = [[]]  # (event, its object) by savepoint; event 0: added
         self.carried: dict[Any, list[int]] = {}  # by transient object
         self.objects: list[Any] = []
         self.merged: list[Any] = []  # objects that have been merged: they stay transient themselves
@@ -77,6 +77,7 @@ class SessionMachine(RuleBasedStateMachine):
     def add(self, which: int) -> None:
         customer = self.addable()[which % len(self.addable())]
         self.session.add(customer)
+        self.levels[-1].append((0, customer))
         self.take(customer)
 
     @precondition(lambda self: self.transient())
@@ -86,6 +87,17 @@ class SessionMachine(RuleBasedStateMachine):
         self.session.merge(customer)
         self.merged.append(customer)
         self.take(customer)
+
+    @precondition(lambda self: self.pending() or self.addable())
+    @rule(which=pick)
+    def expunge(self, which: int) -> None:
+        """Take an object away before its flush; one that is pending was added since the last savepoint."""
+        if not self.pending():
+            self.add(which)
+        customer = self.pending()[which % len(self.pending())]
+        self.session.expunge(customer)
+        self.carried[customer] = [n for n, owner in self.levels[-1] if n and owner is customer]
+        self.levels[-1] = [entry for entry in self.levels[-1] if entry[1] is not customer]
 
     @precondition(lambda self: self.objects)
     @rule(which=pick)
@@ -121,10 +133,23 @@ class SessionMachine(RuleBasedStateMachine):
         self.session.get_nested_transaction().rollback()
         self.undo(self.levels.pop())
 
+    @precondition(lambda self: len(self.levels) > 2)
+    @rule(which=pick)
+    def roll_back_an_outer_savepoint(self, which: int) -> None:
+        level = which % (len(self.levels) - 2) + 1
+        savepoint = self.session.get_nested_transaction()
+        for _ in self.levels[level + 1 :]:
+            savepoint = savepoint.parent
+        savepoint.rollback()
+        self.undo([*itertools.chain(*self.levels[level:])])
+        del self.levels[level:]
+        self.expunge_what_has_no_row()
+
     @rule()
     def roll_back(self) -> None:
         self.session.rollback()
-        self.undo([*itertools.chain(*self.levels)])
+        while self.levels:
+            self.undo(self.levels.pop())
         self.levels = [[]]
 
     @rule()
@@ -144,7 +169,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         self.session.commit()
-        expected = [n for n, _ in itertools.chain(*self.levels)]
+        expected = [n for n, _ in itertools.chain(*self.levels) if n]
         self.levels = [[]]
         with as_owner(self.engine).begin() as connection:
             found = connection.execute(text("SELECT payload ->> 'n' FROM outbox ORDER BY id")).scalars().all()
@@ -164,6 +189,9 @@ class SessionMachine(RuleBasedStateMachine):
             customer for customer in self.objects if inspect(customer).transient and "id" in vars(customer)
         ]
 
+    def pending(self) -> list[Any]:
+        return [customer for customer in self.objects if inspect(customer).pending]
+
     def addable(self) -> list[Any]:
         return [customer for customer in self.transient() if customer not in self.merged]
 
@@ -180,12 +208,23 @@ class SessionMachine(RuleBasedStateMachine):
         self.carried[customer] = []
 
     def undo(self, level: list[tuple[int, Any]]) -> None:
-        """Give the events of objects that are transient again back to them; they keep their order."""
+        """Give the events of what was added in this level, or merged, back to it; they keep their order."""
+        back = [*self.merged, *(customer for n, customer in level if not n and inspect(customer).transient)]
         for n, customer in level:
-            if customer is not None and inspect(customer).transient:
+            if n and customer in back:
                 self.carried[customer].append(n)
         for events in self.carried.values():
             events.sort()
+
+    def expunge_what_has_no_row(self) -> None:
+        """Part with what SQLAlchemy holds for persistent: it was flushed in a savepoint inside the one undone."""
+        with self.session.no_autoflush:
+            rows = self.session.execute(text("SELECT id FROM customer")).scalars().all()
+        for customer in [*self.session]:
+            if inspect(customer).identity[0] not in rows:
+                self.session.expunge(customer)
+                if customer in self.objects:
+                    self.objects.remove(customer)
 
 
 def test_the_outbox_holds_the_events_of_what_was_committed(engine):
