@@ -251,9 +251,8 @@ class Relay:
         full = self._store.goes_on() or len(claim.events) >= rows
         self._look_for_urgent(claim.events, full)
         if full:
-            since = (
-                claimed if goes_on else led
-            )  # what was claimed ahead has taken its time in the step before
+            # What was claimed ahead has taken its time in the step before.
+            since = claimed if goes_on else led
             fixed, each = since - started + time.monotonic() - worked, (worked - since) / len(claim.events)
             self._pace = self._pace.seen(fixed, each) if self._pace else Pace(fixed, each)
         return len(claim.events)
