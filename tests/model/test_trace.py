@@ -156,7 +156,11 @@ def test_the_trace_of_relays_whose_events_were_refused_is_accepted(refusing):
 def test_an_event_that_nobody_has_any_more_is_missed_in_the_end(refusing):
     lines = copy(refusing.lines)
     lost = lose_an_event(lines)
-    assert all(starts([lost]) == starts(back) - refusing.waiting for back, _ in ends(lines))
+    try:
+        missed = all(starts([lost]) == starts(back) - refusing.waiting for back, _ in ends(lines))
+    except Refused:  # at once, where the relay that was killed had noted the answer
+        missed = True
+    assert missed
 
 
 def lose_an_event(lines: Lines) -> str:
