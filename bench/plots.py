@@ -103,9 +103,9 @@ def show_summary(goals: Sequence[Goal]) -> None:
     for place, row, share in zip(places, aims, shares, strict=True):
         sign = ">=" if row["at_most"] is None else "<="
         wanted = row["at_least"] if row["at_most"] is None else row["at_most"]
-        axes.text(
-            share, place, f" {number(row['figure'])} ({sign} {number(wanted or 0)})", va="center", fontsize=7
-        )
+        said = f"{number(row['figure'])} ({sign} {number(wanted or 0)})"
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # or the line would cross the words
+        axes.text(share + 0.02, place, said, va="center", fontsize=7, bbox=behind)
     axes.set_xlim(0, 1.25 * max(*shares, 1))
     _save(figure, "summary")
 
