@@ -259,9 +259,7 @@ class Claim(NamedTuple):
     """What a step has claimed, in order."""
 
     events: list[Waiting]
-    swamped: bool = (
-        False  # more urgent ones have come since than go into a batch: the step must be rolled back
-    )
+    swamped: bool = False  # by more urgent ones than go into a batch: the step must be rolled back
 
 
 class NextStep(NamedTuple):

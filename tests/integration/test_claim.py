@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from outbox.errors import DatabaseUnavailable
-from outbox.store import CLAIM, Store
+from outbox.store import CLAIM, MANY, Store
 from tests.integration.box import Box
 from tests.integration.test_wakeup import wait_until
 
@@ -174,32 +174,21 @@ def test_a_transaction_that_runs_for_many_steps_is_not_forgotten(box, steps):
     assert steps() == ["late"]
 
 
-def test_a_transaction_that_began_after_all_that_have_ended_is_not_forgotten(box, steps):
+@pytest.mark.parametrize(("savepoints", "many"), [(0, MANY), (3, 2)], ids=["alone", "very many"])
+def test_a_transaction_that_began_after_all_that_have_ended_is_not_forgotten(
+    box, steps, monkeypatch, savepoints, many
+):
     """The snapshot of a step does not list it: its number is higher than any that has ended."""
+    monkeypatch.setattr("outbox.store.MANY", many)
     box.add("first of all")
     assert steps() == ["first of all"]
     with box.connect() as writer:
         box.add("k1", key="k", on=writer)
-        box.sql.execute("SELECT pg_sleep(1.5)")  # past the second that is left for clocks set back
-        assert steps() == []
-        box.add("other")
-        assert steps() == ["other"]
-        box.add("k2", key="k", on=writer)
-        writer.commit()
-    assert steps() == ["k1", "k2"]
-
-
-def test_of_very_many_transactions_that_run_none_is_forgotten(box, steps, monkeypatch):
-    monkeypatch.setattr("outbox.store.MANY", 2)
-    box.add("first of all")
-    assert steps() == ["first of all"]
-    with box.connect() as writer:
-        box.add("k1", key="k", on=writer)
-        for _ in range(3):
+        for _ in range(savepoints):
             writer.execute("SAVEPOINT one")
             box.add("none", on=writer)
             writer.execute("ROLLBACK TO one")
-        box.sql.execute("SELECT pg_sleep(1.5)")
+        box.sql.execute("SELECT pg_sleep(1.5)")  # past the second that is left for clocks set back
         assert steps() == []
         box.add("other")
         assert steps() == ["other"]
