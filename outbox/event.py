@@ -224,17 +224,23 @@ def _fields(value: Any) -> Any:
 
     The class is asked, as an object may claim anything of itself: a mock is made of mocks without end.
     """
-    cls = type(value)
+    cls: Any = type(value)
     if issubclass(cls, dict):
         return value
     if hasattr(cls, "model_dump"):
         return value.model_dump(mode="json")
     if hasattr(cls, "__struct_fields__"):
         return msgspec.to_builtins(value, enc_hook=_plain)
+    return {name: getattr(value, name) for name in _attributes(cls)}
+
+
+@cache
+def _attributes(cls: builtins.type) -> tuple[str, ...]:
+    """Return the names of a dataclass' or attrs class' fields, or raise TypeError for another."""
     if dataclasses.is_dataclass(cls):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(cls)}
+        return tuple(field.name for field in dataclasses.fields(cls))
     if hasattr(cls, "__attrs_attrs__"):
-        return {field.name: getattr(value, field.name) for field in cls.__attrs_attrs__}
+        return tuple(field.name for field in cls.__attrs_attrs__)
     raise TypeError(f"a {cls.__name__} cannot be encoded as JSON")
 
 
