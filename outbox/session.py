@@ -2,8 +2,8 @@
 
 What has been recorded waits in the session until its next flush, and is inserted by that flush after the
 business rows: the writers of one key take turns on those, so their events are numbered in turn. From then on
-PostgreSQL undoes and keeps it, savepoints included. Until then it is a pending object of the session that
-makes sure of the flush, before a savepoint, a commit, or a query, whatever becomes of the session's others.
+PostgreSQL undoes and keeps it, savepoints included. Until then a pending object of the session, of the service or
+else of ours, makes sure of the flush, before a savepoint, a commit, or a query.
 
 An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
 become its own again with it, and are recorded when it is added or merged once more. So do the events of an object
@@ -125,12 +125,16 @@ class _Recorder:
 
     def add(self, row: Recorded) -> None:
         """Have the row inserted with the next flush."""
-        executing = self._session._warn_on_events  # its flush takes no more objects; the row goes with it
-        if not executing and (self._dirt is None or not self._dirt.pending):
+        self._ensure_flush()
+        self._waiting[id(row)] = row
+
+    def _ensure_flush(self) -> None:
+        """Give the session something to flush, if it has no new object."""
+        executing = self._session._warn_on_events  # its flush takes no more objects; the rows go with it
+        if not executing and not self._session._new:  # `new` would copy it
             dirt = _Dirt()
             self._session.add(dirt)
             self._dirt = inspect(dirt)
-        self._waiting[id(row)] = row
 
     def take(self, own: _Own, owner: Any) -> None:
         """Add an event of an object."""
@@ -143,6 +147,8 @@ class _Recorder:
         for own in state.dict.get(OWN, ()):
             if self._waiting.pop(id(own.row), None):
                 own.taken = False
+        if self._waiting and self._session.is_active:  # not while a rollback expunges what is new
+            self._ensure_flush()
 
     def mark(self, savepoint: SessionTransaction) -> None:
         """Note where a savepoint begins. What still waits was recorded before it, and is inserted before it."""
@@ -157,11 +163,14 @@ class _Recorder:
 
     def _insert(self, connection: Connection) -> None:
         rows, self._waiting = [*self._waiting.values()], {}
-        if self._dirt and self._dirt.pending:  # it came too late for this flush, and needs no other
-            self._session.expunge(self._dirt.obj())
-        self._dirt = None
+        self._drop_dirt()  # it came too late for this flush, and needs no other
         for start in range(0, len(rows), PAGE):
             connection.execute(INSERT, {"events": _json(rows[start : start + PAGE])})
+
+    def _drop_dirt(self) -> None:
+        if self._dirt and self._dirt.pending:
+            self._session.expunge(self._dirt.obj())
+        self._dirt = None
 
     def keep(self) -> None:
         """Note that the innermost savepoint, or the whole transaction, was committed."""
@@ -184,6 +193,7 @@ class _Recorder:
             return  # committed, or closed with an outer one, which takes all that is inside with it
         self._undone = None
         self._waiting.clear()
+        self._drop_dirt()
         for own, reference in self._owned[start:]:
             if own.taken:
                 owner = reference()
@@ -221,16 +231,14 @@ def _insert() -> Any:
 INSERT = _insert()
 
 
+_Row = msgspec.defstruct("_Row", Recorded._fields)
+
+
 def _json(rows: Sequence[Recorded]) -> str:
     """Return the rows as INSERT takes them."""
     raw = msgspec.Raw
-    return msgspec.json.encode(
-        [
-            row._asdict() | {"payload": raw(row.payload), "headers": row.headers and raw(row.headers)}
-            for row in rows
-        ],
-        enc_hook=_plain,
-    ).decode()
+    plain = [_Row(*row[:-2], raw(row.payload), row.headers and raw(row.headers)) for row in rows]
+    return msgspec.json.encode(plain, enc_hook=_plain).decode()
 
 
 def _plain(value: Any) -> Any:

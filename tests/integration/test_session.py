@@ -167,6 +167,39 @@ def test_what_waits_when_all_objects_are_expunged_stays_before_the_next_savepoin
     assert counted(engine) == [1]
 
 
+def test_what_is_published_beside_a_new_object_is_flushed_without_it(engine, session):
+    customer = Customer(id="c1")
+    session.add(customer)
+    publish(session, Counted(1))
+    session.expunge(customer)
+    session.flush()
+    assert session.scalar(text("SELECT count(*) FROM outbox")) == 1
+    assert not session.new
+    session.commit()
+    assert counted(engine) == [1]
+
+
+def test_what_a_hook_of_the_commit_publishes_stays_recorded_when_it_expunges_all(engine, session):
+    @event.listens_for(session, "before_commit", once=True)
+    def publish_and_expunge(session):
+        session.add(Customer(id="c1"))
+        publish(session, Counted(1))
+        session.expunge_all()
+
+    session.commit()
+    assert counted(engine) == [1]
+
+
+@pytest.mark.parametrize("finish", [Session.rollback, Session.close])
+def test_a_transaction_that_is_given_up_leaves_nothing_to_flush(engine, session, finish):
+    session.add(Customer(id="c1"))
+    publish(session, Counted(1))
+    finish(session)
+    assert not session.new
+    session.commit()
+    assert counted(engine) == []
+
+
 def test_a_session_that_is_closed_has_recorded_nothing(engine):
     with Session(engine) as session:
         publish(session, Counted(1))
