@@ -3,7 +3,8 @@
 Three questions, each with its goal beside it:
 
 - A transaction of the ORM that writes one business row and records one event, against the same without the event,
-  in turn with it: commits per second of one writer and of eight, each a process with sessions of its own.
+  and against one that inserts a row for the event by hand, in turn: commits per second of one writer and of eight,
+  each a process with sessions of its own.
 - A thousand events in one transaction: events per second, from the first `publish` to the return of the commit.
 - What the wake-up costs: eight such writers with events, beside a relay that has something to publish all the time,
   with the trigger that asks whether the relay sleeps, and without it; then the same beside a relay that has no more
@@ -54,10 +55,11 @@ from common import (
     turns,
 )
 from rich.table import Table
-from sqlalchemy import Engine, String, create_engine
+from sqlalchemy import Engine, String, create_engine, insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from outbox import RecordsEvents, event, publish
+from outbox.tables import outbox
 
 RATIO_GOALS = {1: 0.85, 8: 0.85}  # with the event against without it, by the number of writers
 BULK_GOAL = 50_000  # events a second
@@ -118,7 +120,17 @@ def write_published(sessions: sessionmaker[Session], id_: str) -> None:
         publish(session, CustomerRegistered(id_, TEXT))
 
 
-WRITES = {"event": write_event, "published": write_published, "plain": write_plain}
+def write_by_hand(sessions: sessionmaker[Session], id_: str) -> None:
+    """Commit one business row, and one of the outbox that nothing has checked, with SQLAlchemy's insert."""
+    with sessions.begin() as session:
+        session.add(Customer(id=id_, name="Ada"))
+        session.flush()
+        payload = {"customer_id": id_, "text": TEXT}
+        row = {"stream": STREAM, "type": "CustomerRegistered", "key": id_, "payload": payload}
+        session.execute(insert(outbox), row)
+
+
+WRITES = {"event": write_event, "published": write_published, "hand": write_by_hand, "plain": write_plain}
 
 
 def writer(pipe: Connection, servers: Servers, who: str, number: int, seconds: float) -> None:
@@ -250,16 +262,17 @@ def _sum(works: list[Work]) -> Work:
 def transactions(
     bench: RecordingBench, write: str, writers: int, runs: int, seconds: float
 ) -> dict[str, Any]:
-    """Commit with and without an event, in turn; show and return what came out."""
+    """Commit with and without an event, and with one by hand, in turn; show and return what came out."""
+    writes = {"with": write, "by hand": "hand", "without": "plain"}
 
     def run(who: str) -> Run:
         bench.fresh()
-        run = bench.run(who, write if who == "with" else "plain", writers, seconds)
-        bench.check_events(run.events + 20 * writers if who == "with" else 0)
+        run = bench.run(who, writes[who], writers, seconds)
+        bench.check_events(0 if who == "without" else run.events + 20 * writers)
         return run
 
     what = f"an event ({write}) in the transaction of one row, {_writers(writers)}"
-    return _pairs(what, run, runs, RATIO_GOALS.get(writers))
+    return _compared(what, [*writes], run, runs, RATIO_GOALS.get(writers))
 
 
 def bulk(bench: RecordingBench, count: int, runs: int) -> dict[str, Any]:
@@ -291,9 +304,8 @@ def wake(bench: RecordingBench, backlog: int, writers: int, runs: int, seconds: 
         return run
 
     busy = f"a relay busy with {backlog:,} other events" if backlog else "a relay that keeps up"
-    return _pairs(
-        f"the wake-up beside {busy}, {_writers(writers)}", run, runs, WAKE_GOAL if backlog else None
-    )
+    what = f"the wake-up beside {busy}, {_writers(writers)}"
+    return _compared(what, ["with", "without"], run, runs, WAKE_GOAL if backlog else None)
 
 
 @contextlib.contextmanager
@@ -314,18 +326,24 @@ def _writers(count: int) -> str:
 # -- what is shown -----------------------------------------------------------------------------------
 
 
-def _pairs(what: str, run: Callable[[str], Run], runs: int, at_least: float | None) -> dict[str, Any]:
-    """Run with and without, in turn; show and return the rates and their ratio."""
-    console.print(f"\n{what}: {runs} pairs of runs")
-    found: dict[str, list[Run]] = {"with": [], "without": []}
+def _compared(
+    what: str, contenders: list[str], run: Callable[[str], Run], runs: int, at_least: float | None
+) -> dict[str, Any]:
+    """Run each, in turn; show and return the rates, and those of the others to the last as ratios."""
+    console.print(f"\n{what}: {runs} runs each")
+    found: dict[str, list[Run]] = {who: [] for who in contenders}
     for number, who in turns(found, runs):
         found[who].append(run(who))
         console.print(f"  {number}/{runs} {who:<8} {found[who][-1].rate:>8,.0f} commits/s")
     _show(what, "commits", found)
-    ratios = ratios_of(found, "with", "without")
+    first, *others, last = contenders
+    ratios = ratios_of(found, first, last)
     return {
         "what": what,
-        "goals": [goal(what, ratios, at_least=at_least)],
+        "goals": [
+            goal(what, ratios, at_least=at_least),
+            *(goal(f"{what}, {other}", ratios_of(found, other, last)) for other in others),
+        ],
         "ratios": ratios,
         "runs": as_dicts(found),
     }
