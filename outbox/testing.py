@@ -242,7 +242,9 @@ class _Postgres(Server):
 class _Redis(Server):
     def ping(self) -> str:
         with redis_client.Redis.from_url(self.url, socket_timeout=2) as client:
-            server: Any = client.info("server")
+            server: Any = client.info()
+        if server["loading"]:
+            raise redis_client.BusyLoadingError("it reads its data")
         if self.pid is not None and server["process_id"] != self.pid:
             raise redis_client.ConnectionError("another server was quicker to take the port")
         name = "Valkey" if "valkey_version" in server else "Redis"

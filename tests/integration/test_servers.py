@@ -56,6 +56,15 @@ def test_a_crash_of_redis_loses_what_it_keeps_in_memory():
         assert client.get("x") is None
 
 
+def test_a_redis_that_is_back_has_read_its_data():
+    slow = {"key-load-delay": "1000", "loading-process-events-interval-bytes": "1024", "rdbcompression": "no"}
+    with testing.redis(slow) as server, redis_client.Redis.from_url(server.url, retry=None) as client:
+        client.mset({str(n): "x" * 1000 for n in range(300)})
+        client.save()
+        server.restart()
+        assert client.dbsize() == 300
+
+
 def test_a_frozen_server_answers_when_it_is_thawed():
     with testing.redis() as server:
         server.freeze()
