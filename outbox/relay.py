@@ -311,18 +311,21 @@ class Relay:
 
     def _lead(self) -> Lead | None:
         """Begin a step as the leader, or end it: another leads."""
-        self._leading = self._store.begin()
-        if not self._leading:
+        lead = self._store.begin()
+        self._leading = lead is not None
+        if lead is None:
             self._store.commit()  # of nothing: the store need not forget where its claims stopped
             return None
-        if self._streams.connect() and self._in_doubt is None:
+        connected = self._streams.connect()
+        if connected and self._in_doubt is None:
             self._in_doubt = EMPTY
         if self._store.goes_on() and (self._in_doubt is not None or self._waits_for_room()):
             # Recovering commits, and would delete what was claimed ahead before it is published; and some of that may
             # have to wait until Redis has room again.
             self._store.rollback()
             return self._lead()
-        lead = self._store.lead()
+        if connected:
+            lead = self._store.lead()  # see `Streams.connect`
         self._trace("lead", batch=lead.batch)
         return lead
 

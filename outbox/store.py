@@ -58,36 +58,45 @@ PREPARE_AFTER = 5  # executions of a statement
 
 # The plan of a queue must not depend on statistics that were gathered while it was empty: the claim walks its
 # index. It is the same whatever the parameters, and is not made anew for each. A relay that is frozen or cut off
-# loses its lock by the timeouts. A commit of the relay is durable whatever the role's default, or a crash of
-# PostgreSQL would leave Redis ahead of it.
+# loses its lock by the timeouts. (One statement with all of them has to be planned, which costs three times as much.)
 BEGIN: LiteralString = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
-SELECT set_config(name, setting, true) FROM (VALUES
-    ('idle_in_transaction_session_timeout', '{idle_ms}'), ('statement_timeout', '{statement_ms}'),
-    ('tcp_user_timeout', '{idle_ms}'), ('TimeZone', 'UTC'), ('DateStyle', 'ISO'),
-    ('enable_seqscan', 'off'), ('enable_bitmapscan', 'off'), ('enable_sort', 'off'), ('jit', 'off'),
-    ('max_parallel_workers_per_gather', '0'), ('plan_cache_mode', 'force_generic_plan'),
-    ('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'))
-) AS settings (name, setting);
+SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
+SET LOCAL statement_timeout = {statement_ms};
+SET LOCAL tcp_user_timeout = {idle_ms};
+SET LOCAL TimeZone = 'UTC';
+SET LOCAL DateStyle = 'ISO';
+SET LOCAL enable_seqscan = off;
+SET LOCAL enable_bitmapscan = off;
+SET LOCAL enable_sort = off;
+SET LOCAL jit = off;
+SET LOCAL max_parallel_workers_per_gather = 0;
+SET LOCAL plan_cache_mode = force_generic_plan;
 """
-LOCK: LiteralString = "SELECT FROM {relay} WHERE partition = 0 FOR UPDATE SKIP LOCKED"
+# A commit of the relay is durable whatever the role's default, or a crash of PostgreSQL would leave Redis ahead of it.
+DURABLE: LiteralString = (
+    "set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), true)"
+)
+LOCK: LiteralString = f"SELECT {DURABLE} FROM {{relay}} WHERE partition = 0 FOR UPDATE SKIP LOCKED;"
 
 # A claim ahead may meet rows of another relay's; it must neither pass them nor hold up the step beside it, whose
 # transaction is idle meanwhile.
-NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100; SET LOCAL statement_timeout = {ahead_ms}"
+NO_LONG_WAIT: LiteralString = "SET LOCAL lock_timeout = 100; SET LOCAL statement_timeout = {ahead_ms};"
 # Nobody has led since the claim, or what it claimed may have to wait for an event that was refused.
 GO_ON: LiteralString = """
 SELECT set_config('lock_timeout', NULL, true), set_config('statement_timeout', '{statement_ms}', true)
 FROM {relay} WHERE partition = 0 AND batch = %s FOR UPDATE SKIP LOCKED
 """
 
-# A statement of its own after the lock: its snapshot has all that the leader before has committed.
+# A statement of its own after the lock: its snapshot has all that the leader before has committed. The lock gives the
+# transaction its id; one that was not given the lock has none, and finds nothing.
 LEAD: LiteralString = """
 SELECT batch, outbox_id::text, asleep, EXISTS (SELECT FROM {outbox} WHERE attempts > 0),
        pg_current_snapshot()::text, pg_current_xact_id()::text,
        (transaction_timestamp() - interval '1 second')::text
-FROM {relay} WHERE partition = 0
+FROM {relay} WHERE partition = 0 AND pg_current_xact_id_if_assigned() IS NOT NULL
 """
+GET_ID: LiteralString = f"SELECT {DURABLE}, pg_current_xact_id();"
 
 # Due, and not behind a refused event of its key. The second part is left out while nothing is refused.
 DUE: LiteralString = "(o.available_at IS NULL OR o.available_at <= clock_timestamp())"
@@ -361,27 +370,27 @@ class Store:
 
     # -- the step ---------------------------------------------------------------------------------------
 
-    def begin(self) -> bool:
-        """Open the transaction of a step, connecting first if need be; return whether we lead.
+    def begin(self) -> Lead | None:
+        """Open the transaction of a step, connecting first if need be; return what the leader's row says.
 
-        The leader's row is locked from here to the end of the step, unless another relay holds it. What was
-        claimed ahead is given back where another relay holds it, or has led meanwhile.
+        None: another relay leads. Otherwise the row is locked from here to the end of the step. What was claimed ahead
+        is given back where another relay holds the row, or has led meanwhile.
         """
         with self._translated():
             if self._ahead:
                 self._connection, self._spare = self._spare, self._connection
                 if self._connected().execute(self._sql(GO_ON), (self._ahead.lead.batch,)).rowcount == 1:
-                    return True
+                    return self._ahead.lead
                 self.rollback()
-            return self._begin(self._connected(), LOCK).rowcount == 1
+            return self._begin(self._connected(), LOCK)
 
     def goes_on(self) -> bool:
         """Return whether the step that has begun holds what was claimed ahead, and has not taken it yet."""
         return self._ahead is not None
 
     def lead(self) -> Lead:
-        """Return what the leader's row says; that is known in a step that goes on."""
-        return self._ahead.lead if self._ahead else Lead._make(self._run(LEAD)[0])
+        """Return once more what the leader's row says: who can ask leads still."""
+        return Lead._make(self._run(LEAD)[0])
 
     def claim(self, lead: Lead, rows: int, size: int, pause: Pause = NO_PAUSE) -> Claim:
         """Delete and return the first due events: up to `rows`, and up to `size` bytes of payload or one.
@@ -417,8 +426,8 @@ class Store:
             return []
         try:
             self._spare = self._spare or self._connect()
-            seen = Lead._make(self._begin(self._spare, NO_LONG_WAIT + ";" + LEAD).fetchall()[0])
-            if not seen.refused:
+            seen = self._begin(self._spare, NO_LONG_WAIT + GET_ID)
+            if seen and not seen.refused:
                 events = self._claim(self._spare, seen, rows, size, NO_PAUSE, mine=lead.xid)
                 self._ahead = NextStep(seen._replace(batch=lead.batch + 1), events)
         except (psycopg.Error, UnicodeDecodeError, OutboxError):
@@ -437,12 +446,13 @@ class Store:
         if not _rolled_back(self._spare):
             self._spare = None
 
-    def _begin(self, connection: psycopg.Connection, following: LiteralString) -> psycopg.Cursor:
-        """Open a transaction with what follows, in one round trip; return what the last statement says."""
-        cursor = connection.execute(self._sql(BEGIN + following), prepare=False)
+    def _begin(self, connection: psycopg.Connection, first: LiteralString) -> Lead | None:
+        """Open a transaction, and read the leader's row after the first statements, all in one round trip."""
+        cursor = connection.execute(self._sql(BEGIN + first + LEAD), prepare=False)
         while cursor.nextset():
             pass
-        return cursor
+        row = cursor.fetchone()
+        return Lead._make(row) if row else None
 
     def _claim(self, connection: psycopg.Connection, lead: Lead, rows: int, size: int, pause: Pause,
                mine: str | None = None) -> list[Waiting]:  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from contextlib import closing
 
 import pytest
 
@@ -26,6 +27,11 @@ def claim(store, rows=100, size=1_000_000):
     events = store.claim(store.lead(), rows, size).events
     store.commit()
     return [json.loads(event.payload)[:10] for event in events]
+
+
+def setting(store, expression):
+    """Return the value of an expression in the transaction of the step."""
+    return store._connected().execute(f"SELECT {expression}").fetchone()[0]
 
 
 def test_a_late_row_of_a_priority_that_a_full_batch_did_not_reach_still_comes_first(box, store):
@@ -84,11 +90,40 @@ def test_only_one_relay_leads_and_the_next_sees_what_it_committed(box, store):
     other.close()
 
 
-def test_what_the_leader_sees_is_read_after_its_lock_is_taken(box, store):
-    """A statement that locks has the snapshot of before: it would miss what the last leader put back."""
-    assert store.begin()
+def test_who_leads_can_ask_once_more_and_who_does_not_cannot(box, store):
+    assert not store.begin().refused
     box.add("refused", attempts=1)
     assert store.lead().refused
+    kill_backends(box)
+    with pytest.raises(DatabaseUnavailable):
+        store.lead()
+
+
+def test_a_relay_that_does_not_lead_spends_no_transaction_id(box, store):
+    assert store.begin()
+    other = Store(box.database_url)
+    assert other.begin() is None
+    assert setting(other, "pg_current_xact_id_if_assigned()") is None
+    other.close()
+
+
+@pytest.mark.parametrize("own", ["off", "local", "remote_apply"])
+def test_a_step_is_durable_and_timed_whatever_the_defaults_are_and_so_is_the_next(box, own):
+    box.sql.execute(f"ALTER DATABASE {box.sql.info.dbname} SET synchronous_commit = {own}")
+    for name in "ab":
+        box.add(name)
+    with closing(Store(box.database_url, takeover_seconds=5)) as store:
+        lead = store.begin()
+        for goes_on in (False, True):
+            assert store.goes_on() == goes_on
+            events = store.claim(lead, 1, 1000).events
+            assert setting(store, "current_setting('synchronous_commit')") == own.replace("off", "on")
+            assert setting(store, "current_setting('idle_in_transaction_session_timeout')") == "3s"
+            store._from_top_at = float("inf")
+            store.claim_ahead(lead, 1, 1000)
+            store.record_batch(lead.batch + 1, len(events), b"")
+            store.commit()
+            lead = store.begin()
 
 
 def test_headers_count_among_the_bytes_of_a_batch(box, store):
