@@ -63,6 +63,7 @@ GRACE_SECONDS = 5.0
 BEHIND_SECONDS = 10.0  # that the service makes up for after an outage, and that consumers may be behind
 NEARLY = 0.9  # of the rate must be reached
 LAST_SECONDS = 600  # for what is left in the end
+LONGEST_SAID = 5000  # characters of it and its traceback
 OUTAGES = (psycopg.Error, redis_client.RedisError, OSError)
 WORSE = {
     "batch_damaged", "batches_lost", "bury_failed", "commits_lost", "consumer_bug", "entry_lost", "event_dead",
@@ -187,7 +188,13 @@ class Soak(Trial):
         process.__exit__()
 
     def _read_log(self, process: RelayProcess) -> None:
-        self.said.update(re.findall(r"^\S+ (?:WARNING|ERROR) (\w+)", process.log, re.MULTILINE))
+        """Count what a process has said; of what none may say, show the first, with its traceback."""
+        log = process.log
+        said = Counter(re.findall(r"^\S+ (?:WARNING|ERROR) (\w+)", log, re.MULTILINE))
+        for action in WORSE & said.keys() - self.said.keys():
+            start = log.index(action)
+            print(f"in a log: {log[start : start + LONGEST_SAID]}", file=sys.stderr)
+        self.said += said
 
     # -- the run ------------------------------------------------------------------------------------------
 
