@@ -16,8 +16,9 @@ MOST_WAITING = (
 )
 
 _numbers = itertools.count(1)
-# Until a time of the monotonic clock; those of one time in the order of number, lane and id.
-Waiting = tuple[float, int, str, str, Entry]
+# Until a time of the monotonic clock; those of one time in the order of number, lane and id. One entry may be there
+# twice, when it was somebody else's for a while; as entries have no order, one more number decides.
+Waiting = tuple[float, int, str, str, int, Entry]
 
 
 class Hand:
@@ -124,5 +125,5 @@ class Hand:
         return len(self._again[primary]) >= MOST_WAITING
 
     def _push(self, at: float, number: int, entry: Entry) -> None:
-        waiting = (at, number, entry.lane, entry.id, entry)
+        waiting = (at, number, entry.lane, entry.id, next(_numbers), entry)
         heapq.heappush(self._again[self._is_primary(entry.lane)], waiting)

@@ -61,6 +61,17 @@ def test_what_was_read_comes_before_what_is_taken_up_later(hand):
     ]
 
 
+def test_an_entry_that_others_had_and_that_was_claimed_back_may_be_put_back_twice(hand):
+    """By the worker that had it when this process froze, and by the one that has got it since: PostgreSQL is away."""
+    old = hand.read(read("1", since=time.monotonic()))
+    hand.drop("s", ["1"])
+    hand.adopt("s", ["1"])
+    new = hand.primary()
+    hand.put_back(old)
+    hand.put_back(new)
+    assert [hand.primary(), hand.primary(), hand.primary()] == [old, new, None]
+
+
 def test_what_could_not_be_handled_comes_before_what_is_to_be_delivered_again(hand):
     hand.adopt("s", ["1", "2"])
     one = hand.primary()
