@@ -23,8 +23,8 @@ demo: $(READY) ## the airports of the world, live bookings, and a relay and a co
 test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
 	@$(PYTEST)
 
-test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine, but for the model, which meets no server
-	@OUTBOX_TEST_SERVERS=system $(PYTEST) --ignore tests/model/test_model.py
+test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine, but for the model and its traces
+	@OUTBOX_TEST_SERVERS=system $(PYTEST) --ignore tests/model
 
 test-roles: $(READY) ## the tests of the write side and the relay, each as a role with the least rights
 	@OUTBOX_TEST_ROLES=1 $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
