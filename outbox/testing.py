@@ -243,7 +243,7 @@ class _Redis(Server):
     def ping(self) -> str:
         with redis_client.Redis.from_url(self.url, socket_timeout=2) as client:
             server: Any = client.info()
-        if server["loading"]:
+        if server.get("loading"):  # a sentinel has nothing to load
             raise redis_client.BusyLoadingError("it reads its data")
         if self.pid is not None and server["process_id"] != self.pid:
             raise redis_client.ConnectionError("another server was quicker to take the port")
