@@ -371,7 +371,7 @@ def _options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--only", choices=["transactions", "bulk", "wake"], help="one of the three")
-    add("--runs", type=int, default=5, help="pairs of runs")
+    add("--runs", type=int, default=5, help="runs of each")
     add("--seconds", type=float, default=5, help="how long a run writes")
     add(
         "--writers", type=int, nargs="+", default=[1, 8], help="numbers of writers; --only wake uses the last"

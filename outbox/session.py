@@ -230,12 +230,11 @@ def _insert() -> Any:
 
 INSERT = _insert()
 
-
 _Row = msgspec.defstruct("_Row", Recorded._fields)
 
 
 def _json(rows: Sequence[Recorded]) -> str:
-    """Return the rows as INSERT takes them."""
+    """Return the rows as INSERT takes them. The last two columns are JSON already."""
     raw = msgspec.Raw
     plain = [_Row(*row[:-2], raw(row.payload), row.headers and raw(row.headers)) for row in rows]
     return msgspec.json.encode(plain, enc_hook=_plain).decode()

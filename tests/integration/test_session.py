@@ -190,6 +190,7 @@ def test_what_a_hook_of_the_commit_publishes_stays_recorded_when_it_expunges_all
     assert counted(engine) == [1]
 
 
+@pytest.mark.filterwarnings("error::sqlalchemy.exc.SAWarning")
 @pytest.mark.parametrize("finish", [Session.rollback, Session.close])
 def test_a_transaction_that_is_given_up_leaves_nothing_to_flush(engine, session, finish):
     session.add(Customer(id="c1"))
