@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 PIP := -m pip --disable-pip-version-check install --progress-bar off
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 ROLES := session session_machine domain claim relay answers refusals wakeup cli
-OF_SQLALCHEMY := session session_machine domain schema inbox handlers consumer fuzz wakeup
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+OF_SQLALCHEMY := session session_machine domain schema inbox handlers
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long soak clean
@@ -23,14 +23,14 @@ demo: $(READY) ## the airports of the world, live bookings, and a relay and a co
 test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
 	@$(PYTEST)
 
-test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine, but for the model and its traces
-	@OUTBOX_TEST_SERVERS=system $(PYTEST) --ignore tests/model
+test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine, but for what is the same on any
+	@OUTBOX_TEST_SERVERS=system $(PYTEST) $(addprefix --ignore tests/,unit model acceptance/test_demo.py)
 
 test-roles: $(READY) ## the tests of the write side and the relay, each as a role with the least rights
 	@OUTBOX_TEST_ROLES=1 $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
 
-test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit tests, and those of all that goes through SQLAlchemy, with SQLAlchemy 2.0
-	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit \
+test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit tests, and those of the session, the schema and the inbox, with SQLAlchemy 2.0
+	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/unit \
 		$(addprefix tests/integration/test_,$(addsuffix .py,$(OF_SQLALCHEMY)))
 
 lint: $(READY) ## ruff, mypy --strict, and who may import whom

@@ -37,6 +37,7 @@ from tests.acceptance.harness import RelayProcess, wait_until
 
 LANES = ("s", "s:backfill")
 CLAIM_IDLE = timedelta(seconds=2)
+AHEAD = 500  # events that may wait for the consumers
 
 # Where a consumer kills itself, when it comes there for the third time.
 POINTS = {
@@ -100,7 +101,7 @@ class Consumers:
         def add() -> None:
             chance = random.Random(3)
             while not stop.wait(0.01):
-                if len(self._published) - self._done() < 2000:
+                if len(self._published) - self._done() < AHEAD:
                     self.publish(chance.randint(1, 40), chance.choice(LANES))
 
         thread = threading.Thread(target=add)
@@ -112,8 +113,7 @@ class Consumers:
             thread.join()
 
     def _done(self) -> int:
-        with redis_client.Redis.from_url(self._environment["REDIS_URL"]) as client:
-            return int(client.get("effects") or 0)
+        return int(self.redis.get("effects") or 0)
 
     # -- processes ----------------------------------------------------------------------------------------
 

@@ -45,6 +45,9 @@ STREAM = "account"
 LANES = (STREAM, f"{STREAM}:backfill")
 KEYS = 30
 PATIENCE_SECONDS = 60
+REST_SECONDS = (
+    0.01  # of a writer, between transactions: what is started after a kill needs the machine as well
+)
 SERVICE = "service"  # as PostgreSQL knows it
 HIGHEST, NEVER = 32767, float("inf")
 
@@ -254,7 +257,7 @@ class Harness:
                 thread.join()
 
     def _write(self, chance: random.Random, stop: threading.Event) -> None:
-        while not stop.is_set():
+        while not stop.wait(REST_SECONDS):
             accounts = sorted(chance.sample(range(1, KEYS + 1), chance.randint(1, 5)))
             priorities = [chance.choice([*Priority]) for _ in accounts]
             try:

@@ -54,7 +54,7 @@ def test_killed_at_any_time(harness):
     with harness.writing():
         for _ in range(KILLS):
             with harness.relay() as relay:
-                relay.wait_for(harness.entries, chance.randint(1, 2000))
+                relay.wait_for(harness.entries, chance.randint(1, 500))
                 relay.kill()
     findings = harness.settle()
     print(f"{KILLS} kills: {findings}")
@@ -123,7 +123,7 @@ def test_the_control_repeats_when_it_is_killed_at_any_time(control):
     with control.writing():
         for _ in range(KILLS):
             with control.relay() as relay:
-                relay.wait_for(control.entries, chance.randint(1, 2000))
+                relay.wait_for(control.entries, chance.randint(1, 500))
                 relay.kill()
     findings = control.settle()
     print(f"{KILLS} kills of the control: {findings}")

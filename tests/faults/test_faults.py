@@ -1,4 +1,7 @@
-"""A few faults, a few times, and that the control fails under them; `make faults` has them all, and more often."""
+"""A few faults, a few times, and that the control fails under them; `make faults` has them all, and more often.
+
+The kills of relays and consumers are in `tests/acceptance`.
+"""
 
 import dataclasses
 import os
@@ -30,7 +33,6 @@ own_servers = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "times"),
     [
-        ("relay-killed", 3),
         ("relay-frozen", 1),
         ("postgres-killed", 2),
         ("redis-tail-cut", 3),
@@ -41,8 +43,6 @@ own_servers = pytest.mark.skipif(
         ("postgres-frozen", 1),
         ("redis-frozen", 2),
         ("redis-sentinels", 1),
-        ("consumer-killed", 2),
-        ("consumer-killed-at-points", 1),
         ("consumer-frozen", 1),
         ("consumer-network-cut", 2),
         ("consumer-replies-lost", 2),
