@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -139,6 +139,10 @@ class _Core:
         self._primary = [check_stream(stream) for stream in dict.fromkeys(streams)]
         lanes = Lanes(suffix=backfill_suffix)
         self._backfill = [lanes.lane(stream, -1) for stream in self._primary]
+        if both := {*self._primary} & {*self._backfill}:
+            raise InvalidSetting(
+                f"streams: {min(both)} is the backfill lane of another; name the stream alone"
+            )
         self._stream_of = dict(zip(self._primary + self._backfill, self._primary * 2, strict=True))
         self._lost = Counter(dict.fromkeys(self._stream_of, 0))
         self._redis_url = redis_url
@@ -157,7 +161,9 @@ class _Core:
         self._claim_from = dict.fromkeys(self._stream_of, "0-0")
         self._begun = False
         self._single: Worker | None = None  # of `run_once`
-        self._stop: Stop | AsyncStop = AsyncStop() if self._asynchronous else Stop()
+        make_stop = AsyncStop if self._asynchronous else Stop
+        self._stop: Stop | AsyncStop = make_stop()
+        self._ended: Stop | AsyncStop = make_stop()  # all workers have
         self._first = self._groups()  # of the first worker; refuses a wrong URL now
 
     @property
@@ -233,6 +239,8 @@ class _Core:
             with suppress(OutboxError):
                 await worker.end()
         finally:
+            with suppress(OutboxError):
+                await worker.flush()
             await worker.close()
 
     async def _step(self, worker: Worker, outage: Backoff) -> None:
@@ -240,11 +248,11 @@ class _Core:
         try:
             if not self._begun:
                 await self._begin(worker.groups)
-            while not self._stop.is_set() and await worker.step():
+            while self._goes_on() and await worker.step():
                 if outage.failures:
                     log.info("the servers answer again", extra={"action": "consumer_recovered"})
                     outage.reset()
-            if not self._stop.is_set():
+            if self._goes_on():
                 await worker.wait()
         except OutboxError as error:
             if isinstance(error, RedisUnavailable):
@@ -255,6 +263,9 @@ class _Core:
             await self._back_off(Unavailable(repr(error)), outage)
         else:
             outage.reset()
+
+    def _goes_on(self) -> bool:
+        return self._begun and not self._stop.is_set()
 
     async def _back_off(self, error: OutboxError, outage: Backoff) -> None:
         pause = outage.next()
@@ -291,7 +302,9 @@ class _Core:
 
         Raises Reject or InvalidEvent for what should not be handled.
         """
-        if entry.deliveries > self._max_deliveries:
+        if (
+            entry.deliveries > self._max_deliveries + 1
+        ):  # the first may have been a read alone, ahead of its handler
             raise Reject("its handler has never come to an end: the process died, or was replaced")
         fields = entry.fields
         written = (entry.lane, fields.get(b"type"), fields.get(b"priority"))
@@ -362,9 +375,12 @@ class _Core:
                 "%s %s: no dead letter: %s", entry.lane, entry.id, refusal, extra={"action": "bury_failed"}
             )
             self._hand.put_back(entry, time.monotonic() + self._backoff[1])
+            self._begun = False  # what the connection was still to answer, when it was dropped, is pending
             return
         self._hand.drop(entry.lane, [entry.id])
-        if buried:
+        if isinstance(buried, Lost):
+            self._report_lost(*buried)
+        elif buried:
             worker.counts["dead"] += 1
             log.error(
                 "%s %s is a dead letter after delivery %d: %s", entry.lane, entry.id, entry.deliveries, reason,
@@ -382,10 +398,10 @@ class _Core:
     # -- the keeper ----------------------------------------------------------------------------------------
 
     async def _keep(self, groups: Groups) -> None:
-        """Renew, claim and purge in time, until stopped."""
+        """Renew, claim and purge in time, until the workers have ended."""
         try:
-            while not self._stop.is_set():
-                await self._wait(await self._keep_or_log(groups))
+            while not self._ended.is_set():
+                await settled(self._ended.wait(await self._keep_or_log(groups)))
         finally:
             await groups.close()
 
@@ -405,11 +421,19 @@ class _Core:
         return pause
 
     async def _keep_once(self, groups: Groups) -> bool:
-        """Do what is to be done now and then; return whether there may be more to claim."""
+        """Do what is to be done now and then; return whether there may be more to claim.
+
+        After the stop, what the handlers are still at is renewed, and nothing else done.
+        """
         started = time.monotonic()
         for lane, ids in self._hand.held().items():
-            self._hand.drop(lane, await groups.renew(lane, ids))
+            gone, lost = await groups.renew(lane, ids)
+            self._hand.drop(lane, gone)
+            for id_ in lost:
+                self._report_lost(lane, id_)
         self._hand.renewed_at = started
+        if self._stop.is_set():
+            return False
         claimed = 0
         for lane in groups.lanes:
             if not self._hand.is_full(groups.is_primary(lane)):
@@ -421,9 +445,11 @@ class _Core:
 
     async def _claim(self, groups: Groups, lane: str) -> int:
         """Take up what consumers that are dead or frozen have left in a lane; return how many entries."""
-        self._claim_from[lane], ids, lost = await groups.claim(
-            lane, self._idle_seconds, self._claim_from[lane]
-        )
+        while True:
+            start, ids, lost = await groups.claim(lane, self._idle_seconds, self._claim_from[lane])
+            self._claim_from[lane] = start
+            if ids or lost or start == "0-0":  # else it has looked at many that are in the hands of others
+                break
         self._hand.adopt(lane, ids)
         for id_ in lost:
             self._report_lost(lane, id_)
@@ -432,7 +458,7 @@ class _Core:
                 "claimed %d entries of %s from consumers that were silent for %g s", len(ids), lane,
                 self._idle_seconds, extra={"action": "entries_claimed"},
             )  # fmt: skip
-        return len(ids)
+        return len(ids) + len(lost)
 
     async def _purge(self, groups: Groups) -> None:
         """Delete old rows of the inbox: of no event that Redis still has, or the relay may send again."""
@@ -441,7 +467,8 @@ class _Core:
         before = datetime.now(UTC) - self._inbox_retention
         if (oldest_ms := await groups.oldest_ms()) is not None:
             before = min(before, datetime.fromtimestamp(oldest_ms / 1000, UTC) - INBOX_MARGIN)
-        await self._inbox.purge(before, self._stop.is_set)
+        until = time.monotonic() + self._idle_seconds / 10  # the heartbeat waits meanwhile
+        await self._inbox.purge(before, lambda: self._stop.is_set() or time.monotonic() > until)
 
     # -- what differs --------------------------------------------------------------------------------------
 
@@ -457,14 +484,18 @@ class _Core:
 
     async def _step_once(self) -> int:
         worker = self._single = self._single or Worker(self, self._first, most=1)
-        if not self._begun:
-            await self._begin(self._first)
-        if self._keep_again.due():
-            await self._keep_once(self._first)
         try:
-            return await worker.step()
-        finally:
-            await worker.flush()
+            if not self._begun:
+                await self._begin(self._first)
+            if self._keep_again.due():
+                await self._keep_once(self._first)
+            try:
+                return await worker.step()
+            finally:
+                await worker.flush()
+        except RedisUnavailable:
+            self._begun = False
+            raise
 
     async def _leave(self) -> None:
         """Remove this consumer from the group, where nothing is pending for it."""
@@ -557,17 +588,14 @@ class Worker:
             self._acked()
 
     async def end(self) -> None:
-        """Finish what was read already, for a while, and ack."""
+        """Finish what was read already, for a while."""
         until = time.monotonic() + DRAIN_SECONDS
-        try:
-            while time.monotonic() < until:
-                entry = self._hand.fresh() or self._hand.read(await self.groups.rest())
-                if entry is None:
-                    break
-                if self._hand.surely_ours(entry, time.monotonic()):
-                    await self._core._handle(self, entry)
-        finally:
-            await self.flush()
+        while time.monotonic() < until:
+            entry = self._hand.fresh() or self._hand.read(await self.groups.rest())
+            if entry is None:
+                break
+            if self._hand.surely_ours(entry, time.monotonic()):
+                await self._core._handle(self, entry)
 
     async def close(self) -> None:
         """Drop the connection, and the event loop."""
@@ -579,30 +607,33 @@ class Worker:
     async def _read(self) -> Entry | None:
         """Read, with nothing of primary in hand: its next entry, or else the oldest of backfill."""
         hand = self._hand
-        waiting = hand.due(primary=False)
-        if hand.is_full(primary=True):
-            return waiting
-        backfill = waiting is None and not hand.is_full(primary=False)
-        worth = int(PREFETCH_SECONDS / max(self._seconds, 1e-9))
-        count = max(1, min(self._most, worth))
-        try:
-            if sum(map(len, self._done.values())) >= ACKED_AT_ONCE:
-                await self.flush()
-            read = await self.groups.more(count)
-            if len(read) >= PREFETCH and worth >= 2 * PREFETCH:
-                await self.groups.ask(PREFETCH)  # Redis looks them up while these are handled
+        while True:
+            waiting = hand.due(primary=False)
+            if hand.is_full(primary=True):
+                self._newest = []  # of the last look at the lanes: to wait for what is newer would be no wait
+                return waiting
+            backfill = waiting is None and not hand.is_full(primary=False)
+            worth = int(PREFETCH_SECONDS / max(self._seconds, 1e-9))
+            count = max(1, min(self._most, worth))
+            try:
+                if sum(map(len, self._done.values())) >= ACKED_AT_ONCE:
+                    await self.flush()
+                read = await self.groups.more(count)
+                if len(read) >= PREFETCH and worth >= 2 * PREFETCH:
+                    await self.groups.ask(PREFETCH)  # Redis looks them up while these are handled
+                if not read:
+                    read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
+                    self._acked()
+            except BaseException:
+                if waiting:
+                    hand.put_back(waiting)
+                raise
             if not read:
-                read, self._newest = await self.groups.next(count, self._done, backfill=backfill)
-                self._acked()
-        except BaseException:
+                return waiting
             if waiting:
                 hand.put_back(waiting)
-            raise
-        if not read:
-            return waiting
-        if waiting:
-            hand.put_back(waiting)
-        return hand.read(read) or hand.primary() or await self._read()
+            if entry := hand.read(read) or hand.primary():  # else all of it was in hand already
+                return entry
 
     def _acked(self) -> None:
         for lane, ids in self._done.items():
@@ -652,19 +683,34 @@ class Consumer(_Core):
         ours = ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         with stop_on_signals(self._stop) if ours else nullcontext():
             self._say_started()
-            others = [self._groups() for _ in range(self._concurrency - 1)]
-            works = [self._keep(self._groups()), *(self._work(Worker(self, groups)) for groups in others)]
-            threads = [threading.Thread(target=finish, args=(work,), daemon=True) for work in works]
-            for thread in threads:
-                thread.start()
+            keeper = self._thread(self._keep(self._groups()))
+            others = [
+                self._thread(self._work(Worker(self, self._groups()))) for _ in range(self._concurrency - 1)
+            ]
             try:
                 finish(self._work(Worker(self, self._first)))
             finally:  # a Ctrl-C, say, that is not ours to handle: the others end too
                 self._stop.set()
-            for thread in threads:
+            for thread in others:
                 thread.join()
+            self._ended.set()
+            keeper.join()
             finish(self._leave())
             self._say_stopped()
+
+    def _thread(self, work: Coroutine[Any, Any, None]) -> threading.Thread:
+        """Start a thread; what ends it before its time, a handler's `sys.exit` say, stops the consumer."""
+
+        def run() -> None:
+            try:
+                finish(work)
+            except BaseException:
+                log.exception("a thread of the consumer has ended", extra={"action": "consumer_bug"})
+                self._stop.set()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
 
     def run_once(self) -> int:
         """Handle the next event that is there, primary first; return 1, or 0 when there is none.
@@ -703,10 +749,12 @@ class AsyncConsumer(_Core):
     async def run(self) -> None:
         """Handle events until stopped, whatever happens to Redis and PostgreSQL."""
         self._say_started()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep(self._groups()))
-            for groups in (self._first, *(self._groups() for _ in range(self._concurrency - 1))):
-                tasks.create_task(self._work(Worker(self, groups)))
+        async with asyncio.TaskGroup() as keeper:
+            keeper.create_task(self._keep(self._groups()))
+            async with asyncio.TaskGroup() as workers:
+                for groups in (self._first, *(self._groups() for _ in range(self._concurrency - 1))):
+                    workers.create_task(self._work(Worker(self, groups)))
+            self._ended.set()
         await self._leave()
         self._say_stopped()
 

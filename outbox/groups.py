@@ -99,19 +99,19 @@ redis.call('XACK', lane, group, id)
 return {'BURIED'}
 """
 )
-# Makes entries count as just delivered, if the consumer still has them; answers with those that it has not.
-# ARGV: group, consumer, entry ids.
+# Makes entries count as just delivered, if the consumer still has them; answers with those that it has not, and
+# with those that somebody has deleted, which are not pending any more then. ARGV: group, consumer, entry ids.
 RENEW = """
-local gone = {}
+local gone, lost = {}, {}
 for i = 3, #ARGV do
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
-    if #pending == 1 then
-        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
-    else
+    if #pending == 0 then
         gone[#gone + 1] = ARGV[i]
+    elseif #redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID') == 0 then
+        lost[#lost + 1] = ARGV[i]
     end
 end
-return gone
+return {gone, lost}
 """
 # Removes consumers that have nothing pending: the one that is named, or ('') all that were idle for so long.
 # ARGV: group, consumer, idle milliseconds.
@@ -337,11 +337,11 @@ class Groups(Connection):
             return Entry(lane, id_, pairs(answer[2]), answer[1], since)
         return Lost(lane, id_) if answer[0] == b"LOST" else None
 
-    async def bury(self, entry: Entry, error: str, died_at: str) -> bool:
-        """Move an entry to its lane's dead letters; return whether it was still ours to move."""
+    async def bury(self, entry: Entry, error: str, died_at: str) -> bool | Lost:
+        """Move an entry to its lane's dead letters; return whether it was still ours to move, and still there."""
         more = {
             "dlq:group": self._group,
-            "dlq:error": error,
+            "dlq:error": error.encode(errors="backslashreplace"),
             "dlq:deliveries": entry.deliveries,
             "dlq:entry": entry.id,
             "dlq:died_at": died_at,
@@ -349,15 +349,21 @@ class Groups(Connection):
         fields = [part for pair in more.items() for part in pair]
         keys = [entry.lane, entry.lane + DEAD]
         answer = await self._script(BURY, keys, self._group, self._consumer, entry.id, *fields)
-        return bool(answer[0] == b"BURIED")
+        return Lost(entry.lane, entry.id) if answer[0] == b"LOST" else answer[0] == b"BURIED"
 
-    async def renew(self, lane: str, ids: Sequence[str]) -> list[str]:
-        """Keep entries ours for longer: a heartbeat. Return those that are not ours any more."""
+    async def renew(self, lane: str, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Keep entries ours for longer: a heartbeat. Return those that are not ours any more, and those deleted.
+
+        Before Redis 7, `take` finds the deleted ones.
+        """
         gone: list[str] = []
+        lost: list[str] = []
         for start in range(0, len(ids), 1000):
             some = ids[start : start + 1000]
-            gone += map(_text, await self._script(RENEW, [lane], self._group, self._consumer, *some))
-        return gone
+            answer = await self._script(RENEW, [lane], self._group, self._consumer, *some)
+            gone += map(_text, answer[0])
+            lost += map(_text, answer[1])
+        return gone, lost
 
     async def pending(self, lane: str) -> AsyncIterator[str]:
         """Yield the entry ids that are pending for this consumer, oldest first."""

@@ -66,8 +66,8 @@ class Hand:
     def line_up(self) -> None:
         """Have what was read handled before what is adopted from now on: it is older."""
         with self._lock:
-            while self._fresh:
-                self._push(0.0, next(_numbers), self._fresh.popleft())
+            while entry := self.fresh():
+                self._push(0.0, next(_numbers), entry)
 
     def adopt(self, lane: str, ids: Iterable[str]) -> None:
         """Hold pending entries that nobody in this process has in hand, to be delivered at once."""

@@ -24,6 +24,8 @@ from outbox.tables import outbox_inbox
 T = TypeVar("T")
 
 PURGED_AT_ONCE = 5000  # rows
+# SQLSTATEs that end the connection of a handler that was idle in a transaction, or was in one at all, for too long.
+TOO_SLOW = ("25P03", "25P04")
 
 
 class Inbox:
@@ -86,8 +88,13 @@ class Inbox:
     async def _execute(self, session: Any, statement: Any, values: Any = None) -> Any:
         try:
             return await settled(session.execute(statement, values))
-        except DBAPIError as error:  # the tables may be missing, say
-            raise DatabaseUnavailable(f"the inbox: {first_line(error.orig or error)}") from error
+        except (
+            DBAPIError,
+            OSError,
+        ) as error:  # the tables may be missing; asyncpg's connect raises an OSError
+            raise DatabaseUnavailable(
+                f"the inbox: {first_line(getattr(error, 'orig', None) or error)}"
+            ) from error
 
 
 def _note(group: str) -> Select[tuple[bool, bool]]:
@@ -144,9 +151,10 @@ def _translated() -> Iterator[None]:
         raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
     except DBAPIError as error:
         state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        # Without a state, one that has a statement is of the driver, and of what it was given: too many parameters.
         of_connection = isinstance(error, (OperationalError, InterfaceError)) and (
-            state is None or state.startswith(("08", "57P", "53"))
+            error.statement is None if state is None else state.startswith(("08", "57P", "53"))
         )
-        if not (error.connection_invalidated or of_connection):
+        if state in TOO_SLOW or not (error.connection_invalidated or of_connection):
             raise
         raise DatabaseUnavailable(f"PostgreSQL: {first_line(error.orig or error)}") from error

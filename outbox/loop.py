@@ -39,8 +39,10 @@ class Stop:
 
         Returns whether something became readable, stop included.
         """
-        ready, _, _ = select.select([self._read, *also], [], [], max(0.0, seconds))
-        return bool(ready)
+        poll = select.poll()  # select() knows no descriptor beyond 1023
+        for descriptor in (self._read, *also):
+            poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(max(0.0, seconds) * 1000))
 
     def __del__(self) -> None:
         os.close(self._read)

@@ -94,7 +94,7 @@ def test_a_poison_event_is_given_up_and_what_is_behind_it_is_not(consumers):
             if process.process.poll() is None:
                 break
             deaths += 1
-    assert deaths == 3
+    assert deaths == 4  # one more than `max_deliveries`, as it may have died before its handler was called
     findings = consumers.settle()
     assert (findings.applied, findings.repeated, findings.dead) == (50, 0, 1)
     most = consumers.sql.execute("SELECT max(delivery) FROM effect").fetchone()[0]

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from outbox import Consumer, InvalidEvent, InvalidHandler, Retry
+from outbox import Consumer, InvalidEvent, InvalidHandler, Reject, Retry
 from outbox.errors import InvalidSetting, RedisUnavailable
 from outbox.groups import Found, Groups, _entries
 from outbox.loop import Every
@@ -281,16 +281,23 @@ def test_deliveries_are_counted_by_redis_and_only_of_what_is_handled(bank):
     for name in ("poison", "behind 1", "behind 2"):
         bank.add(name)
     give(bank, "me", "s")
-    for delivery in range(2, 5):
+    for delivery in range(2, 6):  # four times, as the first was a read that no handler came after
         made = bank.consumer(act, name="me", max_deliveries=4)
         with pytest.raises(SystemExit):
             made.run_once()
         assert bank.pending() == {"poison": delivery, "behind 1": 1, "behind 2": 1}
     made = bank.consumer(act, name="me", max_deliveries=4)
     assert made.drain() == 3
-    assert bank.handled[3:] == ["behind 1", "behind 2"]
+    assert bank.handled[4:] == ["behind 1", "behind 2"]
     assert bank.dead()[0]["dlq:error"].startswith("its handler has never come to an end")
-    assert bank.dead()[0]["dlq:deliveries"] == "5"
+    assert bank.dead()[0]["dlq:deliveries"] == "6"
+
+
+def test_what_a_dead_consumer_had_only_read_is_handled_even_if_it_is_delivered_once(bank):
+    bank.add("a")
+    give(bank, "me", "s")
+    assert bank.consumer(name="me", max_deliveries=1).drain() == 1
+    assert (bank.handled, bank.dead()) == (["a"], [])
 
 
 def test_what_a_silent_consumer_has_is_claimed_in_both_lanes(bank):
@@ -327,6 +334,45 @@ def test_what_was_deleted_while_a_silent_consumer_had_it_is_counted_as_lost(bank
     made = claiming(bank)
     wait_until(lambda: made.run_once() + 1 and made.it.counts["lost"])
     assert bank.pending() == {}
+
+
+def test_what_was_deleted_while_it_waited_to_be_tried_again_is_counted_as_lost(bank):
+    """By the heartbeat, as Redis forgets that it is pending when that comes."""
+
+    def act(event) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    id_ = bank.add("a")
+    made = claiming(bank, act)
+    assert made.run_once() == 1
+    bank.redis.xdel("s", id_)
+    assert made.drain() == 0
+    assert made.it.counts["lost"] == 1
+    assert bank.pending() == made.it._hand.held() == {}
+
+
+def test_what_was_deleted_before_it_was_given_up_is_counted_as_lost(bank):
+    def act(event) -> None:
+        bank.redis.xdel("s", id_)
+        raise Reject("no good")
+
+    id_ = bank.add("a")
+    made = bank.consumer(act)
+    assert made.run_once() == 1
+    assert (made.it.counts["lost"], made.it.counts["dead"], bank.dead()) == (1, 0, [])
+    assert bank.pending() == made.it._hand.held() == {}
+
+
+def test_what_a_dead_consumer_has_is_found_behind_much_that_others_have(bank):
+    """One look of Redis' at the pending entries ends after a thousand."""
+    for n in range(1100):
+        bank.add(f"e{n}")
+    give(bank, "alive", "s")
+    ids = [row["message_id"] for row in bank.redis.xpending_range("s", "g", "-", "+", 2000)]
+    bank.redis.xclaim("s", "g", "dead", 0, ids[-1:], idle=60_000)
+    made = bank.consumer(claim_idle=timedelta(seconds=30))
+    assert made.run_once() == 1
+    assert bank.handled == ["e1099"]
 
 
 def test_no_more_is_claimed_than_can_be_in_hand(bank, monkeypatch):
@@ -387,10 +433,29 @@ def test_the_heartbeat_keeps_the_entry_of_a_long_handler(bank):
 
 def test_without_the_heartbeat_another_takes_it(bank, monkeypatch):
     async def nothing(self, lane, ids):
-        return []
+        return [], []
 
     monkeypatch.setattr(Groups, "renew", nothing)
     run_two_with_a_long_handler(bank, lambda looks: len(bank.handled) == 2)
+
+
+def test_the_heartbeat_goes_on_after_the_stop_until_the_last_handler_has_ended(bank, monkeypatch):
+    beats, held, renew = [], threading.Event(), Groups.renew
+
+    async def counted(self, lane, ids):
+        beats.append(ids)
+        return await renew(self, lane, ids)
+
+    monkeypatch.setattr(Groups, "renew", counted)
+    bank.add("long")
+    made = bank.consumer(lambda event: held.wait(30), claim_idle=timedelta(milliseconds=300))
+    with made.running():
+        wait_until(lambda: bank.handled)
+        made.it.stop()
+        seen = len(beats)
+        wait_until(lambda: len(beats) > seen + 3)
+        held.set()
+    assert bank.pending() == {}
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -585,6 +650,22 @@ def test_what_was_read_ahead_is_not_lost_with_its_connection(bank, asks):
     assert bank.pending() == {}
 
 
+def test_what_was_read_ahead_is_not_left_behind_by_a_dead_letter_that_is_refused(bank, asks):
+    """The connection on which the next entries are to come is dropped with the one that was refused."""
+
+    def refuse() -> None:
+        if asks and not refused:
+            refused.append(bank.handled[-1])
+            raise Reject("no good")
+
+    refused: list[str] = []
+    bank.redis.set("s:dlq", "no stream")
+    names = add_many(bank, 600)
+    handle(bank, 600, then=refuse)
+    assert bank.handled == names
+    assert list(bank.pending()) == refused
+
+
 def others_handle_what_is_read_ahead(bank: Bank, asks: list[str]) -> set[str]:
     """Have all that is pending finished by others, in a long handler; return what of it is handled after that."""
     looks, finished, before = [], [], []
@@ -630,6 +711,20 @@ def test_without_a_look_at_its_age_it_is_handled_once_more(bank, asks, monkeypat
 
 
 # -- ending -----------------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_ends_its_thread_ends_the_consumer(database_url, redis_url):
+    """`sys.exit()` in the main thread does so too; in another one nobody would hear of it."""
+
+    def act(event) -> None:
+        if threading.current_thread().daemon:  # the first worker is in the thread that runs the consumer
+            raise SystemExit
+
+    bank = Bank(database_url, redis_url, "blocking")
+    with closing(bank):
+        made = bank.consumer(act, concurrency=2)
+        with made.running():
+            wait_until(lambda: bank.add("e") and made.it._stop.is_set())
 
 
 def test_a_stopped_consumer_leaves_the_group_but_not_its_pending_entries(bank):
@@ -708,6 +803,7 @@ def test_what_was_read_is_finished_before_the_end(bank):
         ({"streams": []}, "streams"),
         ({"streams": "s"}, "streams"),
         ({"streams": ["no name"]}, "stream"),
+        ({"streams": ["s", "s:backfill"]}, "streams"),
         ({"group": ""}, "group"),
         ({"name": "no name"}, "name"),
         ({"concurrency": 0}, "concurrency"),

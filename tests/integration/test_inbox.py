@@ -6,9 +6,11 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, literal, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import sessionmaker
 
+from outbox import Consumer
 from outbox.errors import DatabaseUnavailable
 from tests.integration.bank import KINDS, Bank, entry, wait_until
 
@@ -185,6 +187,55 @@ def test_a_connection_that_is_lost_in_a_handler_is_no_failure(bank):
             made.run_once()
     assert made.drain() == 1
     assert (deliveries, bank.effects(), bank.dead()) == ([1, 1, 1], ["a"], [])
+
+
+@pytest.mark.parametrize("within", ["its own database", "another"])
+def test_what_the_driver_refuses_of_a_handler_is_a_failure(bank, within):
+    """Nothing is away: it would be the next event again and again."""
+
+    def act(event, session) -> None:
+        if within == "another":
+            with create_engine("sqlite://").connect() as connection:
+                connection.execute(text("SELECT * FROM missing"))
+        session.execute(select(literal(1)).where(literal(1).in_(range(70_000))))
+
+    made = bank.consumer(act, inbox=True, max_deliveries=1)
+    bank.add("a")
+    assert made.drain() == 1
+    assert bank.dead()[0]["dlq:error"].startswith("OperationalError: ")
+    assert bank.effects() == []
+
+
+def test_a_handler_that_is_idle_in_its_transaction_for_too_long_has_failed(bank):
+    def act(event, session) -> None:
+        session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 1"))
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
+        wait_until(
+            lambda: not bank.sql.execute("SELECT FROM pg_stat_activity WHERE pid = %s", (pid,)).fetchone()
+        )
+        session.execute(text("SELECT 1"))
+
+    made = bank.consumer(act, inbox=True, max_deliveries=1)
+    bank.add("a")
+    assert made.drain() == 1
+    assert "IdleInTransactionSessionTimeout" in bank.dead()[0]["dlq:error"]
+
+
+def test_a_driver_whose_connect_raises_an_error_of_the_system_is_no_failure(bank):
+    """As asyncpg's does."""
+
+    def refuse() -> None:
+        raise ConnectionRefusedError("nobody listens")
+
+    sessions = sessionmaker(create_engine("postgresql+psycopg://", creator=refuse))
+    consumer = Consumer(bank.redis_url, group="g", streams=["s"], sessions=sessions, max_deliveries=1)
+    consumer.on_any(lambda event, session: None)
+    bank.add("a")
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailable, match="nobody listens"):
+            consumer.run_once()
+    consumer.close()
+    assert (bank.pending(), bank.dead()) == ({"a": 1}, [])
 
 
 def test_a_pool_without_a_free_connection_is_no_failure(bank, monkeypatch):

@@ -1,5 +1,8 @@
 """Stopping, waiting, and pauses that grow."""
 
+import fcntl
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +32,21 @@ def test_a_stop_interrupts_a_wait():
     stop.set()
     waiter.join(30)
     assert not waiter.is_alive()
+
+
+def test_a_descriptor_may_have_any_number():
+    """As in a service that has more than a thousand of them open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most[1], most[1]))
+    read, write = os.pipe()
+    high = fcntl.fcntl(read, fcntl.F_DUPFD, 1024)
+    try:
+        os.write(write, b"x")
+        assert Stop().wait(600, high)
+    finally:
+        for descriptor in (read, write, high):
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 def test_a_stop_may_come_twice_or_before_the_wait():
