@@ -26,6 +26,7 @@ class _Running:
     def __init__(self, session: Any, runner: object) -> None:
         self.session, self.runner = session, runner
         self.failed: BaseException | None = None
+        self.over = False  # a task that a handler has started keeps its copy of the context
 
     def refuse_after_failure(self) -> None:
         if self.failed is not None:
@@ -65,7 +66,7 @@ class _Commands:
     def _joined(self, runner: object) -> _Running | None:
         """Return the open transaction, unless it belongs to another thread or task: a session is for one."""
         running = self._running.get()
-        return running if running and running.runner == runner else None
+        return running if running and running.runner == runner and not running.over else None
 
 
 class Domain(_Commands):
@@ -101,6 +102,7 @@ class Domain(_Commands):
                 try:
                     result = handler(command, session)
                 finally:
+                    running.over = True
                     self._running.reset(token)
                 running.refuse_after_failure()
                 return result
@@ -125,6 +127,7 @@ class AsyncDomain(_Commands):
                 try:
                     result = await handler(command, session)
                 finally:
+                    running.over = True
                     self._running.reset(token)
                 running.refuse_after_failure()
                 return result

@@ -42,12 +42,12 @@ Cause = Callable[[], dict[str, str]]
 
 
 class _Level:
-    """One entered scope; two scopes of one priority are told apart by identity."""
+    """One entered scope, and the object that has entered it."""
 
-    __slots__ = ("cause", "priority")
+    __slots__ = ("cause", "owner", "priority")
 
-    def __init__(self, priority: int, cause: Cause | None) -> None:
-        self.priority, self.cause = priority, cause
+    def __init__(self, priority: int, cause: Cause | None, owner: object = None) -> None:
+        self.priority, self.cause, self.owner = priority, cause, owner
 
 
 # The scopes that are open in this context, innermost last. A tuple, so that a task or thread that has
@@ -73,12 +73,9 @@ class processing_priority:
 
     def __init__(self, priority: int) -> None:
         self._priority = check_priority(priority)
-        self._entered: list[_Level] = []
 
     def __enter__(self) -> None:
-        level = _Level(self._priority, _current_cause())
-        self._entered.append(level)
-        _open.set((*_open.get(), level))
+        _open.set((*_open.get(), _Level(self._priority, _current_cause(), self)))
 
     def __exit__(
         self,
@@ -86,10 +83,13 @@ class processing_priority:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # By identity and not by a token: a generator may be closed after scopes that were opened later,
-        # or in another context.
-        level = self._entered.pop()
-        _open.set(tuple(other for other in _open.get() if other is not level))
+        # Not by a token: a generator may be closed after scopes that were opened later, or in another context.
+        # Nor by what the object remembers: other threads and tasks may be inside it too.
+        levels = _open.get()
+        for n in reversed(range(len(levels))):
+            if levels[n].owner is self:
+                _open.set(levels[:n] + levels[n + 1 :])
+                return
 
 
 def _current_cause() -> Cause | None:

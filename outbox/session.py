@@ -5,16 +5,18 @@ business rows: the writers of one key take turns on those, so their events are n
 PostgreSQL undoes and keeps it, savepoints included. Until then a pending object of the session, of the service or
 else of ours, makes sure of the flush, before a savepoint, a commit, or a query.
 
-An object that is new when a transaction is rolled back becomes transient again, with all it holds; its events
-become its own again with it, and are recorded when it is added or merged once more. So do the events of an object
-that is expunged before the flush that would write it.
+An event shares the fate of its object's columns. An object that is new when a transaction is rolled back becomes
+transient again, with all it holds; its events become its own again with it, and are recorded when it is added or
+merged once more. So do the events of an object that is expunged before the flush that would write it, and of one
+that is in no session when the transaction ends: it was merged, expunged, or the session is closed without a
+rollback. The rollback expires what stays in the session, and its events are forgotten.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
@@ -48,6 +50,9 @@ S = TypeVar("S")
 INFO = "outbox"  # key in `session.info`
 OWN = "_outbox_own"  # key in an aggregate's __dict__
 PAGE = 1000  # events that one statement inserts
+# Characters of payload and headers after which it takes no more; PostgreSQL's messages end at 1 GB. At four bytes
+# each they are 64 MiB, and counting bytes would mean encoding twice.
+PAGE_SIZE = 16 << 20
 
 
 def publish(
@@ -164,8 +169,8 @@ class _Recorder:
     def _insert(self, connection: Connection) -> None:
         rows, self._waiting = [*self._waiting.values()], {}
         self._drop_dirt()  # it came too late for this flush, and needs no other
-        for start in range(0, len(rows), PAGE):
-            connection.execute(INSERT, {"events": _json(rows[start : start + PAGE])})
+        for page in _pages(rows):
+            connection.execute(INSERT, {"events": _json(page)})
 
     def _drop_dirt(self) -> None:
         if self._dirt and self._dirt.pending:
@@ -197,7 +202,7 @@ class _Recorder:
         for own, reference in self._owned[start:]:
             if own.taken:
                 owner = reference()
-                own.taken = owner is None or not inspect(owner).transient
+                own.taken = owner is None or owner in self._session
         del self._owned[start:]
 
 
@@ -231,6 +236,20 @@ def _insert() -> Any:
 INSERT = _insert()
 
 _Row = msgspec.defstruct("_Row", Recorded._fields)
+
+
+def _pages(rows: Iterable[Recorded]) -> Iterator[list[Recorded]]:
+    """Yield the rows in order, as many at a time as one statement inserts."""
+    page: list[Recorded] = []
+    size = 0
+    for row in rows:
+        page.append(row)
+        size += len(row.payload) + len(row.headers or "")
+        if len(page) == PAGE or size >= PAGE_SIZE:
+            yield page
+            page, size = [], 0
+    if page:
+        yield page
 
 
 def _json(rows: Sequence[Recorded]) -> str:
@@ -321,9 +340,12 @@ def _on_rollback(session: Session) -> None:
 # It comes before the hooks of others, which may record in the next transaction.
 @event.listens_for(Session, "after_transaction_end", insert=True)
 def _on_end(session: Session, transaction: SessionTransaction) -> None:
-    boundary = transaction.nested or transaction.parent is None  # not a flush's own
-    if boundary and (recorder := session.info.get(INFO)):
-        recorder.end(transaction)
+    if recorder := session.info.get(INFO):
+        around = transaction.parent
+        if transaction.nested or around is None:
+            recorder.end(transaction)
+        elif not session.is_active:  # a flush that failed has rolled it back; a close would expunge all first
+            recorder.end(around)
 
 
 @event.listens_for(Session, "after_attach")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import types
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -130,6 +132,58 @@ def test_another_thread_has_a_transaction_of_its_own(engine, domain):
     with pytest.raises(RuntimeError):
         domain.process(InAThread())
     assert [row.key for row in rows(engine)] == ["committed"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_task_that_a_handler_has_started_joins_no_transaction_that_has_ended(engine, domain, fails):
+    tasks = []
+
+    @dataclass
+    class StartATask:
+        pass
+
+    @domain.handles(StartATask)
+    def start_a_task(command: StartATask, session: OrmSession) -> None:
+        async def later() -> None:
+            domain.process(CreateCustomer("later"))
+
+        tasks.append(asyncio.create_task(later()))
+        if fails:
+            raise RuntimeError
+
+    async def main() -> None:
+        with suppress(RuntimeError):
+            domain.process(StartATask())
+        await tasks[0]
+
+    asyncio.run(main())
+    assert [row.key for row in rows(engine)] == ["later"]
+
+
+def test_a_coroutine_that_is_run_in_an_old_context_joins_no_transaction_that_has_ended(engine, database_url):
+    Base.metadata.create_all(engine)
+
+    @types.coroutine
+    def within(context, coroutine):
+        with suppress(StopIteration):
+            while True:
+                yield context.run(coroutine.send, None)
+
+    async def main() -> None:
+        asynchronous = create_async_engine(database_url)
+        domain = AsyncDomain(async_sessionmaker(asynchronous))
+
+        @domain.handles(CreateCustomer)
+        async def create(command, session):
+            session.add(Customer.register(command.name))
+            return contextvars.copy_context()
+
+        context = await domain.process(CreateCustomer("a"))
+        await within(context, domain.process(CreateCustomer("b")))
+        await asynchronous.dispose()
+
+    asyncio.run(main())
+    assert [row.key for row in rows(engine)] == ["a", "b"]
 
 
 def test_a_command_without_a_handler_is_refused_and_a_second_handler_too(domain):

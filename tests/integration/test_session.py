@@ -34,7 +34,7 @@ from sqlalchemy.orm import (
 
 import outbox
 from outbox import InvalidEvent, Priority, RecordsEvents, processing_priority, publish
-from tests.roles import UNDER_ROLES
+from tests.roles import UNDER_ROLES, as_owner
 from tests.service import Base, Counted, Customer, CustomerRegistered, rows
 
 
@@ -299,6 +299,61 @@ def test_merge_carries_events_again_after_a_rollback(engine, session):
     session.merge(customer)
     session.commit()
     assert keys(engine) == ["c1"]
+
+
+@pytest.mark.parametrize("finish", [Session.rollback, Session.close])
+def test_merge_carries_the_events_of_a_detached_object_until_a_commit(engine, session, finish):
+    session.add(Customer(id="c1"))
+    session.commit()
+    customer = session.get_one(Customer, "c1")
+    session.close()
+    customer.name = "new"
+    customer.record(Counted(1))
+    for end in (finish, finish, Session.commit, Session.commit):
+        session.merge(customer)
+        session.flush()
+        end(session)
+    assert (session.get_one(Customer, "c1").name, counted(engine)) == ("new", [1])
+
+
+@pytest.mark.parametrize("leave", ["close", "expunge"])
+def test_merge_carries_what_left_a_session_without_a_commit(engine, session, leave):
+    customer = Customer(id="c1")
+    session.add(customer)
+    session.commit()
+    customer.name = "new"
+    customer.record(Counted(1))
+    session.flush()
+    if leave == "expunge":
+        session.expunge(customer)
+        session.rollback()
+    session.close()
+    session.merge(customer)
+    session.commit()
+    assert (session.get_one(Customer, "c1").name, counted(engine)) == ("new", [1])
+
+
+@pytest.mark.parametrize("undo", ["rollback", "delete", "failed flush"])
+def test_what_a_rollback_has_expired_brings_no_events_to_the_next_session(engine, session, undo):
+    customer = Customer(id="c1")
+    session.add(customer)
+    session.commit()
+    customer.name = "new"
+    customer.record(Counted(1))
+    if undo == "delete":
+        session.delete(customer)
+    session.flush()
+    if undo == "failed flush":
+        session.execute(insert(Customer).values(id="c2", name=""))
+        session.add(Customer(id="c2"))
+        with pytest.raises(IntegrityError):
+            session.flush()
+    else:
+        session.rollback()
+    session.close()
+    session.add(customer)
+    session.commit()
+    assert (customer.name, counted(engine)) == ("", [])
 
 
 def test_merge_carries_the_events_of_what_hangs_on_an_object(engine, session):
@@ -784,6 +839,18 @@ def test_any_number_of_events_keeps_its_order(engine, session):
         publish(session, Counted(n))
     session.commit()
     assert counted(engine) == list(range(2500))
+
+
+def test_large_events_are_inserted_a_few_at_a_time(engine, session, statements, monkeypatch):
+    monkeypatch.setattr("outbox.session.PAGE_SIZE", 150)
+    for n in range(7):
+        options = {"headers": {"h": "x" * 80}} if n > 3 else {}
+        publish(session, {"n": n, "text": "x" * (300 if n == 2 else 80)}, type="T", stream="s", **options)
+    session.commit()
+    assert len([statement for statement in statements if "outbox" in statement]) == 5
+    assert counted(engine) == list(range(7))
+    with as_owner(engine).connect() as connection:
+        assert connection.scalar(text("SELECT count(DISTINCT xmin::text) FROM outbox")) == 1
 
 
 def test_an_event_beside_a_business_row_adds_one_statement_and_nothing_else(engine, session, statements):

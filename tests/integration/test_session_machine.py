@@ -1,7 +1,7 @@
 """Whatever one does with a session, the outbox holds the events of what was committed, in order.
 
-A Hypothesis state machine over one Session; its model is a stack of lists, one a savepoint, and what each transient
-object carries. `HYPOTHESIS_PROFILE=thorough` runs ten times as many examples.
+A Hypothesis state machine over one Session; its model is a stack of lists, one a savepoint, and what each object
+of no session carries. `HYPOTHESIS_PROFILE=thorough` runs ten times as many examples.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class SessionMachine(RuleBasedStateMachine):
             connection.execute(text("INSERT INTO customer VALUES ('taken', '')"))
         self.session = Session(self.engine)
         self.levels: list[list[tuple[int, Any]]] = [[]]  # (event, its object) by savepoint; event 0: added
-        self.carried: dict[Any, list[int]] = {}  # by transient object
+        self.carried: dict[Any, list[int]] = {}  # by object of no session
         self.objects: list[Any] = []
-        self.merged: list[Any] = []  # objects that have been merged: they stay transient themselves
+        self.merged: list[Any] = []  # objects that have been merged: they stay out of the session
 
     def teardown(self) -> None:
         self.session.close()
@@ -56,6 +56,17 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(events=st.integers(0, 2))
     def make_an_object(self, events: int) -> None:
         customer = Customer(id=f"c{next(numbers)}", name="")
+        self.objects.append(customer)
+        self.carried[customer] = []
+        for _ in range(events):
+            self.record_on(customer)
+
+    @rule(events=st.integers(0, 2))
+    def make_a_detached_object(self, events: int) -> None:
+        customer = Customer(id=f"c{next(numbers)}", name="")
+        with Session(self.engine, expire_on_commit=False) as other:
+            other.add(customer)
+            other.commit()
         self.objects.append(customer)
         self.carried[customer] = []
         for _ in range(events):
@@ -80,10 +91,10 @@ class SessionMachine(RuleBasedStateMachine):
         self.levels[-1].append((0, customer))
         self.take(customer)
 
-    @precondition(lambda self: self.transient())
+    @precondition(lambda self: self.mergeable())
     @rule(which=pick)
     def merge(self, which: int) -> None:
-        customer = self.transient()[which % len(self.transient())]
+        customer = self.mergeable()[which % len(self.mergeable())]
         self.session.merge(customer)
         self.merged.append(customer)
         self.take(customer)
@@ -153,7 +164,18 @@ class SessionMachine(RuleBasedStateMachine):
         self.levels = [[]]
 
     @rule()
-    def fail_to_flush(self) -> None:
+    def close(self) -> None:
+        """Close without a rollback: every object keeps its columns, and so its events."""
+        self.session.close()
+        for n, customer in itertools.chain(*self.levels):
+            if n and customer:
+                self.carried[customer].append(n)
+        for events in self.carried.values():
+            events.sort()
+        self.levels = [[]]
+
+    @rule(then=st.sampled_from(["roll back", "close"]))
+    def fail_to_flush(self, then: str) -> None:
         self.session.flush()
         n = next(numbers)
         publish(self.session, Counted(n))
@@ -161,7 +183,10 @@ class SessionMachine(RuleBasedStateMachine):
         self.session.add(Customer(id="taken"))
         with pytest.raises(IntegrityError):
             self.session.flush()
-        if len(self.levels) > 1:
+        if then == "close":
+            self.undo(self.levels.pop())
+            self.close()
+        elif len(self.levels) > 1:
             self.roll_back_savepoint()
         else:
             self.roll_back()
@@ -181,19 +206,25 @@ class SessionMachine(RuleBasedStateMachine):
     @invariant()
     def objects_of_the_session_carry_nothing(self) -> None:
         for customer, events in self.carried.items():
-            assert not events or inspect(customer).transient
+            assert not events or inspect(customer).session is None
 
-    def transient(self) -> list[Any]:
-        """Return the transient objects that still have their columns; SQLAlchemy expires some."""
+    def mergeable(self) -> list[Any]:
+        """Return the objects of no session that still have their columns; SQLAlchemy expires some."""
         return [
-            customer for customer in self.objects if inspect(customer).transient and "id" in vars(customer)
+            customer
+            for customer in self.objects
+            if inspect(customer).session is None and "id" in vars(customer)
         ]
 
     def pending(self) -> list[Any]:
         return [customer for customer in self.objects if inspect(customer).pending]
 
     def addable(self) -> list[Any]:
-        return [customer for customer in self.transient() if customer not in self.merged]
+        return [
+            customer
+            for customer in self.mergeable()
+            if inspect(customer).transient and customer not in self.merged
+        ]
 
     def record_on(self, customer: Any) -> None:
         n = next(numbers)

@@ -1,6 +1,7 @@
 """The scope of a priority: nested, restored, inherited by tasks and threads, carried where it would be lost."""
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -34,6 +35,59 @@ def test_one_scope_may_be_entered_again_and_inside_itself():
     assert current_priority() == 0
     with scope:
         assert current_priority() == -50
+
+
+def test_one_scope_is_shared_by_tasks():
+    scope = processing_priority(Priority.LOW)
+
+    async def enter(entered, leave):
+        with scope:
+            entered.set()
+            await leave.wait()
+            inside = current_priority()
+        return inside, current_priority()
+
+    async def main():
+        entered, leave = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
+        tasks = [asyncio.create_task(enter(*events)) for events in zip(entered, leave, strict=True)]
+        for event in entered:
+            await event.wait()
+        leave[0].set()  # the first one in is the first one out
+        first = await tasks[0]
+        leave[1].set()
+        return first, await tasks[1]
+
+    assert asyncio.run(main()) == ((-50, 0), (-50, 0))
+
+
+def test_one_scope_is_shared_by_threads():
+    scope = processing_priority(Priority.LOW)
+    first_is_out = threading.Event()
+    both_are_in = threading.Barrier(2)
+
+    def enter(first):
+        with scope:
+            both_are_in.wait()
+            if not first:
+                first_is_out.wait()
+            inside = current_priority()
+        found = inside, current_priority()
+        first_is_out.set()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(enter, [True, False])] == [(-50, 0), (-50, 0)]
+
+
+def test_a_scope_entered_again_ends_from_the_inside():
+    scope = processing_priority(Priority.LOW)
+    with scope:
+        with processing_priority(Priority.HIGH):
+            with scope:
+                assert current_priority() == -50
+            assert current_priority() == 50
+        assert current_priority() == -50
+    assert current_priority() == 0
 
 
 def generator(priority):
