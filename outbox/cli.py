@@ -303,9 +303,9 @@ def grants_command(
 
 
 @cli.command()
-@with_settings(*DATABASE, "journal_retention_seconds")
+@with_settings(*DATABASE, *REDIS, "journal_retention_seconds")
 def prune(config: Settings) -> None:
-    """Purge journal batches that are older than the retention.
+    """Purge journal batches that are older than the retention, and that Redis has.
 
     A running relay does it by itself; this is for a database whose relay has been off.
 
@@ -314,8 +314,13 @@ def prune(config: Settings) -> None:
       outbox-relay prune
     """
     purged = 0
-    with open_store(config) as store, progress(lambda: f"{counted(purged, 'batch')} purged ..."):
-        while some := store.purge(config.journal_retention_seconds):
+    with (
+        open_store(config) as store,
+        closing(Streams(config.redis_url, prefix=config.redis_prefix)) as streams,
+        progress(lambda: f"{counted(purged, 'batch')} purged ..."),
+    ):
+        last = streams.purgeable(store.outbox_id())
+        while some := store.purge(config.journal_retention_seconds, last):
             purged += some
     age = f"{config.journal_retention_seconds:g} s"
     click.echo(f"purged {counted(purged, 'batch')} of the journal, older than {age}")

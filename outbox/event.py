@@ -492,9 +492,9 @@ class Received:
     """An event as its handler gets it: an entry of a stream.
 
     `data` is an instance of the event's class where the class is known, else what JSON made of it. `lane` is
-    "primary" or "backfill"; `deliveries` how often a handler of the group has been given the event, this time
-    included. The rest is read when it is asked for: anybody may have written the entry, so each raises
-    InvalidEvent, which names the field, where an outbox would have written something else.
+    "primary" or "backfill"; `deliveries` how often the group was given the event, this time included: a consumer
+    that died may have read it, and no more. The rest is read when it is asked for: anybody may have written the
+    entry, so each raises InvalidEvent, which names the field, where an outbox would have written something else.
     """
 
     data: Any = None

@@ -4,7 +4,7 @@
 |---|---|---|
 | service | adds events; sees of them only whether an id waits | nothing |
 | relay | moves events between the outbox's own tables | adds to the lanes, keeps its state |
-| reader | sees numbers, ages and streams; no payload, headers, key or error | sees numbers |
+| reader | sees numbers, ages and streams; no payload, headers, key or error | sees numbers, and the lanes' entries |
 | consumer | its inbox | reads the lanes, acknowledges, moves what fails |
 | operator | reads dead letters, moves them back or deletes them | the same with those of consumers |
 """
@@ -38,7 +38,7 @@ RIGHTS: dict[str, Rights] = {
             "INSERT": ("partition",),
             "UPDATE": ("batch", "asleep", "leader", "led_at", "streams_lost", "batches_lost"),
         },
-        "outbox_journal": {"SELECT": (), "INSERT": (), "DELETE": ()},
+        "outbox_journal": {"SELECT": (), "INSERT": (), "DELETE": (), "UPDATE": ("published_at",)},
         "outbox_dead": {
             "SELECT": (),
             "INSERT": (),

@@ -10,7 +10,7 @@
 |---|---|
 | `dlq:group` | the consumer group that has given up |
 | `dlq:error` | why |
-| `dlq:deliveries` | how often it was given to a handler |
+| `dlq:deliveries` | how often the group was given it |
 | `dlq:entry` | its entry id in the lane: when it was published |
 | `dlq:died_at` | when it was given up, RFC 3339 |
 

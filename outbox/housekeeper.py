@@ -68,8 +68,12 @@ class Housekeeper:
         return None
 
     def purge(self) -> int:
-        """Delete a few batches of the journal that are older than the retention; return how many."""
-        return self._store.purge(self._settings.journal_retention_seconds)
+        """Delete a few batches of the journal that are older than the retention; return how many.
+
+        One that Redis has not got is kept, however old: Redis may have been away for longer than the retention.
+        """
+        last = self._streams.purgeable(self._store.outbox_id())
+        return self._store.purge(self._settings.journal_retention_seconds, last)
 
     def look_at_pressure(self) -> None:
         """Decide what the relay should leave in PostgreSQL, so that Redis does not fill up."""

@@ -452,7 +452,7 @@ class Relay:
             "Redis has forgotten batches %d to %d: sending them again", known + 1, lead.batch,
             extra={"action": "redis_behind"},
         )  # fmt: skip
-        lost = 0
+        start, lost = known, 0
         for _ in range(CATCH_UP):
             if known >= lead.batch or self.stop.is_set():
                 break
@@ -464,9 +464,11 @@ class Relay:
             if isinstance(answer, Gone):
                 self._perform(lead, decide(known, answer, self._replay))
                 break
-            known, lost = following.number, lost + following.lost + damaged
-            if not _whole(answer):
+            known, lost = following.number, following.lost + damaged
+            if lost or not _whole(answer):  # what is lost is counted before anything else can go wrong
                 break
+        # With those that a step which then failed had sent.
+        self._store.keep_longer(start - CATCH_UP, known, self._settings.journal_retention_seconds)
         if lost:
             log.error(
                 "%d batches that Redis has forgotten cannot be read in the journal: they cannot be known",

@@ -197,9 +197,16 @@ ON CONFLICT (event_id) DO UPDATE SET (attempts, reason, died_at)
 PURGE: LiteralString = """
 DELETE FROM {journal} WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM (
-        SELECT ctid, published_at FROM {journal} WHERE partition = 0 ORDER BY batch LIMIT 50
+        SELECT ctid, batch, published_at FROM {journal} WHERE partition = 0 ORDER BY batch LIMIT 50
     ) AS oldest
-    WHERE published_at < clock_timestamp() - %s * interval '1 second'))
+    WHERE published_at < clock_timestamp() - %s * interval '1 second' AND batch <= %s))
+"""
+
+# Redis may forget once more what it was given again, before it is on its disk.
+KEEP_LONGER: LiteralString = """
+UPDATE {journal} SET published_at = clock_timestamp()
+WHERE partition = 0 AND batch > %s AND batch <= %s
+    AND published_at < clock_timestamp() - %s * interval '0.5 second'
 """
 
 STATUS: LiteralString = """
@@ -543,6 +550,10 @@ class Store:
         )
         return (rows[0][0], bytes(rows[0][1])) if rows else None
 
+    def keep_longer(self, after: int, last: int, retention_seconds: float) -> None:
+        """Have the journal keep the batches between as if they were new, if half of their time is over."""
+        self._run(KEEP_LONGER, (after, last, retention_seconds))
+
     def count_losses(self, *, streams: int = 0, batches: int = 0) -> None:
         """Add to the totals that `status` shows."""
         self._run(
@@ -588,11 +599,11 @@ class Store:
         found = self._run("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due})", due=DUE + FREE)
         return bool(found[0][0])
 
-    def purge(self, retention_seconds: float) -> int:
-        """Delete a few journal batches that are older; return how many."""
+    def purge(self, retention_seconds: float, last: int) -> int:
+        """Delete a few journal batches that are older, and none after `last`; return how many."""
         with self._translated():
             query = self._sql(PURGE)
-            return self._connected().execute(query, (retention_seconds,)).rowcount
+            return self._connected().execute(query, (retention_seconds, last)).rowcount
 
     def outbox_id(self) -> str:
         """Return the id of this outbox, by which Redis knows it."""

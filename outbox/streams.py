@@ -72,6 +72,12 @@ if not batch then
     return redis.error_reply('ERR the batch of ' .. KEYS[1] .. ' is no number; it is the highest n of its ids:<n>')
 end
 
+-- Else the events would be added, the state not written, and the next try would add them again.
+local function check_rights()
+    redis.call('HSET', KEYS[1], 'batch', batch)
+    redis.call('HDEL', KEYS[1], '')
+end
+
 local function is_state(message)
     for _, word in ipairs(STATES) do
         if string.find(message, '%f[%a]' .. word .. '%f[%A]') then return true end
@@ -123,7 +129,8 @@ end
 # KEYS: the state, then the lanes of the body. ARGV: expected batch, the batch to stand at then, "look" (add nothing),
 # "new" or "again" (from the journal), its ids, and the body.
 # Answers OK, AHEAD, BEHIND, GONE or REFUSED. Writes nothing but for OK, and then all or what Redis takes.
-# A server refuses every write of a script or none, so an error of the server's state comes before any write.
+# A server refuses every write of a script or none, so an error of the server's state comes before any write; and a user
+# who may not write the state learns it before any event is added.
 PUBLISH = (
     HEAD
     + """
@@ -152,6 +159,7 @@ if ARGV[3] == 'look' then return {'OK'} end
 
 local body = cmsgpack.unpack(ARGV[5])
 local source, events = body[1], body[3]
+check_rights()
 local last, added, answer, stopped = {}, {}, {'OK'}, {}
 for i, event in ipairs(events) do
     local group = event[2]
@@ -214,6 +222,7 @@ elseif number <= (number_of(progress) or 0) then
     return {'OK'}
 end
 local body = cmsgpack.unpack(ARGV[5])
+check_rights()
 local answer, newest_entry = {'OK'}, nil
 for i, event in ipairs(body[3]) do
     if KEYS[event[1]] == lane then
@@ -396,6 +405,16 @@ class Streams:
         if not (batch := state.get(b"batch", b"0")).isdigit():
             raise RedisUnavailable(f"Redis: the batch of {self._prefix}:{outbox_id} is no number")
         return int(batch), sorted(lanes)
+
+    def purgeable(self, outbox_id: str) -> int:
+        """Return the last batch that Redis has: none (0) while one that was sent again is to be looked up.
+
+        That is one of which it has refused events.
+        """
+        with self._translated():
+            key = f"{self._prefix}:{outbox_id}"
+            batch, refused = self._redis.hget(key, "batch"), self._redis.hexists(key, "refused")
+        return int(batch) if batch and batch.isdigit() and not refused else 0
 
     def lengths(self, lanes: Sequence[str]) -> dict[str, int | None]:
         """Return the number of entries in each lane: 0 where there is no key, None where it is no stream."""

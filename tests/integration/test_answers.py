@@ -1,6 +1,7 @@
 """What follows each answer of Redis, made to happen on real servers: AHEAD, BEHIND, GONE, REFUSED."""
 
 import logging
+from contextlib import suppress
 from uuid import uuid4
 
 import msgpack
@@ -167,6 +168,46 @@ def test_batches_that_the_journal_has_purged_are_counted_and_passed_over(box, ca
     assert box.lane() == left
     assert box.value("SELECT batches_lost FROM outbox_relay") == lost
     assert "batches_lost" in [record.action for record in caplog.records]
+
+
+def test_what_is_lost_is_counted_before_the_next_batch_is_sent_again(box, caplog):
+    """Else nobody would learn of it, as Redis stands behind it then, if that batch ends in an error."""
+    relay = box.relay()
+    for name in "abcd":
+        box.add(name)
+        relay.drain()
+    box.redis.flushall()
+    box.sql.execute("DELETE FROM outbox_journal WHERE batch < 3")
+    box.add("e")
+    count = iter(range(9))
+
+    def fail_third():
+        if next(count) == 2:
+            raise Lost
+
+    before(relay._streams, "publish", fail_third, times=9)
+    for _ in range(2):
+        with suppress(Lost):
+            relay.drain()
+    assert box.lane() == ["c", "d", "e"]
+    assert box.value("SELECT batches_lost FROM outbox_relay") == 2
+    assert [record.action for record in caplog.records].count("batches_lost") == 1
+
+
+def test_what_is_sent_again_is_kept_for_as_long_as_what_is_new(box):
+    """Redis may forget it once more before it is on its disk."""
+    relay = box.relay()
+    for name in "abc":
+        box.add(name)
+        relay.drain()
+    box.sql.execute("UPDATE outbox_journal SET published_at = now() - interval '2 hours'")
+    state = next(iter(box.redis.keys("outbox:*")))
+    box.redis.hset(state, "batch", 1)
+    box.add("d")
+    relay.close()
+    relay.drain()
+    young = box.sql.execute("SELECT batch FROM outbox_journal WHERE published_at > now() - interval '1 hour'")
+    assert {batch for (batch,) in young} >= {2, 3, 4}
 
 
 def test_an_event_that_is_refused_when_it_is_sent_again_is_a_dead_letter(box):

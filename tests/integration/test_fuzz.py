@@ -332,7 +332,7 @@ def test_the_largest_that_is_allowed_works(box: Box, name: str) -> None:
     relay = box.relay(**{name: FIELDS[name].metadata["most"]})
     relay.check()
     relay.drain(timeout_seconds=0)
-    relay._store.purge(relay._settings.journal_retention_seconds)
+    relay._store.purge(relay._settings.journal_retention_seconds, 10**6)
     assert box.lane() == ["a"]
 
 

@@ -168,6 +168,29 @@ def test_a_connection_that_is_ended_is_no_refusal(
     assert (said(caplog), rounds.keeper.pause.lanes) == ([], ())
 
 
+@pytest.mark.parametrize("away", [True, False])
+def test_what_redis_has_not_got_is_kept_however_old_it_is(published: Box, keep: Keep, away: bool) -> None:
+    """It went back by a batch, and may have been away since for longer than the journal is kept."""
+    outbox_id = published.value("SELECT outbox_id FROM outbox_relay")
+    published.redis.hset(f"outbox:{outbox_id}", "batch", 1)
+    rounds = keep(redis_url=f"redis://{NOWHERE}") if away else keep()
+    rounds.start()
+    rounds.wait()
+    assert journal(published) == (2 if away else 1)
+    assert published.value("SELECT max(batch) FROM outbox_journal") == 2
+
+
+def test_a_batch_is_kept_while_events_of_it_that_were_refused_are_to_be_found_in_it(
+    published: Box, keep: Keep
+) -> None:
+    outbox_id = published.value("SELECT outbox_id FROM outbox_relay")
+    published.redis.hset(f"outbox:{outbox_id}", "refused", "a note")
+    rounds = keep()
+    rounds.start()
+    rounds.wait()
+    assert journal(published) == 2
+
+
 @pytest.mark.parametrize("chore", ["look_at_pressure", "purge", "trim"])
 def test_a_bug_in_a_chore_is_logged_once_with_its_traceback_and_ends_nothing(
     published: Box, keep: Keep, caplog: pytest.LogCaptureFixture, chore: str

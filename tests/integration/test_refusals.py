@@ -191,12 +191,34 @@ def test_a_read_only_replica_spends_no_attempt(spoilt):
     spend_no_attempt(spoilt, spoilt.relay(), lambda: spoilt.redis.replicaof("NO", "ONE"))
 
 
-def test_a_relay_that_may_not_add_at_all_spends_no_attempt(spoilt):
-    commands = ["+@all", "-xadd"]
+@pytest.mark.parametrize("command", ["xadd", "hset", "hdel"])
+def test_a_relay_that_may_not_add_at_all_spends_no_attempt(spoilt, command):
+    """Nor does one that may not write the state: what it added would be added again by its next try."""
+    commands = ["+@all", f"-{command}"]
     spoilt.redis.acl_setuser("relay", enabled=True, passwords=["+pw"], keys=["*"], commands=commands)
     spoilt.redis_url = spoilt.redis_url.replace("//", "//relay:pw@")
     relay = spoilt.relay()
-    spend_no_attempt(spoilt, relay, lambda: spoilt.redis.execute_command("ACL SETUSER", "relay", "+xadd"))
+    cure = f"+{command}"
+    spend_no_attempt(spoilt, relay, lambda: spoilt.redis.execute_command("ACL SETUSER", "relay", cure))
+
+
+def test_a_lane_is_not_filled_by_a_relay_that_may_not_write_the_state(spoilt):
+    relay = spoilt.relay()
+    spoilt.add("a")
+    relay.drain()
+    spoilt.redis.delete("s")
+    commands = ["+@all", "-hset"]
+    spoilt.redis.acl_setuser("relay", enabled=True, passwords=["+pw"], keys=["*"], commands=commands)
+    spoilt.redis_url = spoilt.redis_url.replace("//", "//relay:pw@")
+    other = spoilt.relay()
+    spoilt.add("b")
+    for _ in range(2):
+        with pytest.raises(RedisUnavailable):
+            other.run_once()
+    assert spoilt.lane() == []
+    spoilt.redis.execute_command("ACL SETUSER", "relay", "+hset")
+    other.drain()
+    assert spoilt.lane() == ["a", "b"]
 
 
 def test_a_redis_that_is_down_spends_no_attempt(spoilt, own_redis):
@@ -318,6 +340,6 @@ def test_old_batches_are_purged_and_young_ones_kept(box):
     old = datetime.now(UTC) - timedelta(hours=2)
     box.sql.execute("UPDATE outbox_journal SET published_at = %s WHERE batch < 3", (old,))
     store = Store(box.database_url)
-    assert store.purge(3600) == 2
+    assert store.purge(3600, last=3) == 2
     assert box.value("SELECT array_agg(batch) FROM outbox_journal") == [3]
     store.close()
