@@ -48,7 +48,7 @@ wheel-check: $(READY) ## build the wheel, install it alone, and run it
 	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay --version
 	@cd / && $(CURDIR)/$(VENV)-wheel/bin/outbox-relay migrate --sql | grep -q 'CREATE TABLE public.outbox' && echo "The migrations are inside."
 
-faults: $(READY) ## every fault against the relay and against a naive one, in some twenty minutes; FAULTS='--seed 1 --only NAME'
+faults: $(READY) ## every fault against the relay and against a naive one, in twenty to forty minutes; FAULTS='--seed 1 --only NAME'
 	@$(BIN)/python -m tests.faults $(FAULTS)
 
 faults-long: $(READY) ## the same, with all the times, in hours

@@ -73,13 +73,13 @@ LANE_SETTINGS = ("lanes", "threshold", "backfill_suffix", "lane_max_entries", "r
 WATCH_SECONDS = 2.0
 EPILOG = """\b
 Exit codes:
-  0      done; after a first SIGTERM or Ctrl-C of run or consume, too
+  0      done; after a first SIGTERM or Ctrl-C of what goes on for ever, too
   1      anything else; --debug shows the traceback
   2      a setting or an argument is wrong; the message names it
   3      a server cannot be reached, or cannot do its work
   4      tables are missing: outbox-relay migrate
   5      a server must not be used: read-only, or a Redis that evicts streams
-  128+n  signal n ended it: the second of run or consume, the first elsewhere
+  128+n  signal n ended it: the second of what goes on for ever, else the first
 
 Every setting is also an OUTBOX_ variable (OUTBOX_DATABASE_URL) and a key of the TOML file
 that --config or OUTBOX_CONFIG names. Flags come before variables, variables before the file.
@@ -262,7 +262,7 @@ def migrate_command(config: Settings, sql: bool) -> None:
 @cli.command("grants", short_help="Print the least rights of each role, as SQL.")
 @click.option("--service", metavar="ROLE", help="records events, and can read none")
 @click.option("--relay", metavar="ROLE", help="runs the relay; needs no right elsewhere")
-@click.option("--reader", metavar="ROLE", help="for status: sees no payload, headers or key")
+@click.option("--reader", metavar="ROLE", help="for status: sees no payload, headers or key in PostgreSQL")
 @click.option("--consumer", metavar="ROLE", help="keeps the inbox of its group")
 @click.option("--operator", metavar="ROLE", help="for dead and dlq: sees what failed, and moves or drops it")
 @click.option("--apply", "wanted", is_flag=True, help="run the SQL, as the owner of the tables")

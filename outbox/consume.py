@@ -33,8 +33,9 @@ def consume(config: Settings, where: str) -> None:
     """Run a consumer of a service until stopped.
 
     MODULE is found in the current directory, too. CONSUMER is a Consumer or AsyncConsumer in it,
-    or a function that makes one. The first SIGTERM or Ctrl-C finishes the event in hand and exits
-    with 0, the second exits at once. Servers that cannot be reached are tried again.
+    or a function that makes one. The first SIGTERM or Ctrl-C finishes the event in hand, goes on
+    with what was read ahead for up to 5 s, and exits with 0; the second exits at once. Servers
+    that cannot be reached are tried again.
 
     \b
     Examples:

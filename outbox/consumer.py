@@ -676,8 +676,8 @@ class Consumer(_Core):
     def run(self) -> None:
         """Handle events until stopped, whatever happens to Redis and PostgreSQL. Blocks.
 
-        In the main thread of a process that does not handle SIGTERM itself, the first SIGTERM or Ctrl-C stops it after
-        the event in hand, and a second one ends the process at once.
+        In the main thread of a process that does not handle SIGTERM itself, the first SIGTERM or Ctrl-C stops it, as
+        `stop` does, and a second one ends the process at once.
         """
         ours = threading.current_thread() is threading.main_thread()
         ours = ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -724,7 +724,10 @@ class Consumer(_Core):
         return sum(iter(self.run_once, 0))
 
     def stop(self) -> None:
-        """Ask `run` to return after the events in hand; may be called from anywhere, and repeated."""
+        """Ask `run` to return after the events in hand, and what was read ahead, for up to 5 s.
+
+        May be called from anywhere, and repeated.
+        """
         self._stop.set()
 
     def close(self) -> None:
@@ -770,7 +773,7 @@ class AsyncConsumer(_Core):
         return done
 
     def stop(self) -> None:
-        """Ask `run` to return after the events in hand; may be called from any thread, and repeated."""
+        """Ask `run` to return; see `Consumer.stop`."""
         self._stop.set()
 
     async def close(self) -> None:
