@@ -9,7 +9,7 @@ PIP := -m pip --disable-pip-version-check install --progress-bar off
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 ROLES := session session_machine domain claim relay answers refusals wakeup cli
 OF_SQLALCHEMY := session session_machine domain schema inbox handlers
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long soak clean
@@ -30,7 +30,7 @@ test-roles: $(READY) ## the tests of the write side and the relay, each as a rol
 	@OUTBOX_TEST_ROLES=1 $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
 
 test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit tests, and those of the session, the schema and the inbox, with SQLAlchemy 2.0
-	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/unit \
+	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit \
 		$(addprefix tests/integration/test_,$(addsuffix .py,$(OF_SQLALCHEMY)))
 
 lint: $(READY) ## ruff, mypy --strict, and who may import whom

@@ -206,6 +206,8 @@ class Harness:
     between them and the servers.
     """
 
+    most_moves = 5  # in a transaction
+
     def __init__(
         self, database_url: str, redis_url: str, *, naive: bool = False, relays_see: Sequence[str] = ()
     ) -> None:
@@ -258,7 +260,7 @@ class Harness:
 
     def _write(self, chance: random.Random, stop: threading.Event) -> None:
         while not stop.wait(REST_SECONDS):
-            accounts = sorted(chance.sample(range(1, KEYS + 1), chance.randint(1, 5)))
+            accounts = sorted(chance.sample(range(1, KEYS + 1), chance.randint(1, self.most_moves)))
             priorities = [chance.choice([*Priority]) for _ in accounts]
             try:
                 self._move_all(accounts, priorities, roll_back=chance.random() < 0.05)
