@@ -73,13 +73,13 @@ LANE_SETTINGS = ("lanes", "threshold", "backfill_suffix", "lane_max_entries", "r
 WATCH_SECONDS = 2.0
 EPILOG = """\b
 Exit codes:
-  0      done; after a first SIGTERM or Ctrl-C of what goes on for ever, too
+  0      done; after a first SIGTERM or Ctrl-C of what is endless, too
   1      anything else; --debug shows the traceback
   2      a setting or an argument is wrong; the message names it
   3      a server cannot be reached, or cannot do its work
   4      tables are missing: outbox-relay migrate
   5      a server must not be used: read-only, or a Redis that evicts streams
-  128+n  signal n ended it: the second of what goes on for ever, else the first
+  128+n  signal n ended it: the second of what is endless, else the first
 
 Every setting is also an OUTBOX_ variable (OUTBOX_DATABASE_URL) and a key of the TOML file
 that --config or OUTBOX_CONFIG names. Flags come before variables, variables before the file.
