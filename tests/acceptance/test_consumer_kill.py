@@ -10,7 +10,7 @@ import pytest
 from tests.acceptance.consumers import POINTS, Consumers
 from tests.acceptance.harness import wait_until
 
-KILLS = int(os.environ.get("OUTBOX_TEST_KILLS", "12"))
+KILLS = int(os.environ.get("OUTBOX_TEST_KILLS", "8"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from tests.acceptance.die_at import POINTS
 from tests.acceptance.harness import Batch, Entry, Findings, Harness, compare, passed_over
 
-KILLS = int(os.environ.get("OUTBOX_TEST_KILLS", "12"))
+KILLS = int(os.environ.get("OUTBOX_TEST_KILLS", "8"))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def trace(postgres: Server, redis_server: Server, tmp_path_factory) -> Lines:
     with contextmanager(new_database)(postgres, TEMPLATE) as url, Harness(url, redis_server.url) as harness:
         harness.redis.flushall()
         with harness.writing(), harness.relay(**settings) as lasting:
-            for n in range(6):
+            for n in range(4):
                 with harness.relay(**settings) as other:
                     wait_until(lambda relays=n + 2: len(speakers(text(path))) >= relays, "its lead")
                     other.wait_for(harness.entries, chance.randint(1, 500))
