@@ -302,9 +302,8 @@ class _Core:
 
         Raises Reject or InvalidEvent for what should not be handled.
         """
-        if (
-            entry.deliveries > self._max_deliveries + 1
-        ):  # the first may have been a read alone, ahead of its handler
+        # One more than a handler that fails has: the first may have been a read alone, ahead of its handler.
+        if entry.deliveries > self._max_deliveries + 1:
             raise Reject("its handler has never come to an end: the process died, or was replaced")
         fields = entry.fields
         written = (entry.lane, fields.get(b"type"), fields.get(b"priority"))

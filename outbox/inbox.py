@@ -88,13 +88,9 @@ class Inbox:
     async def _execute(self, session: Any, statement: Any, values: Any = None) -> Any:
         try:
             return await settled(session.execute(statement, values))
-        except (
-            DBAPIError,
-            OSError,
-        ) as error:  # the tables may be missing; asyncpg's connect raises an OSError
-            raise DatabaseUnavailable(
-                f"the inbox: {first_line(getattr(error, 'orig', None) or error)}"
-            ) from error
+        except (DBAPIError, OSError) as error:  # the tables are missing, say; asyncpg cannot connect
+            reason = first_line(getattr(error, "orig", None) or error)
+            raise DatabaseUnavailable(f"the inbox: {reason}") from error
 
 
 def _note(group: str) -> Select[tuple[bool, bool]]:
