@@ -386,13 +386,14 @@ class _Core:
                 extra={"action": "event_dead"}, exc_info=error,
             )  # fmt: skip
 
-    def _report_lost(self, lane: str, id_: str) -> None:
-        self._hand.drop(lane, [id_])
-        self._lost[lane] += 1
-        log.error(
-            "%s %s was deleted by somebody before it was handled: it is lost", lane, id_,
-            extra={"action": "entry_lost"},
-        )  # fmt: skip
+    def _report_lost(self, lane: str, *ids: str) -> None:
+        self._hand.drop(lane, ids)
+        self._lost[lane] += len(ids)
+        for id_ in ids:
+            log.error(
+                "%s %s was deleted by somebody before it was handled: it is lost", lane, id_,
+                extra={"action": "entry_lost"},
+            )  # fmt: skip
 
     # -- the keeper ----------------------------------------------------------------------------------------
 
@@ -428,8 +429,7 @@ class _Core:
         for lane, ids in self._hand.held().items():
             gone, lost = await groups.renew(lane, ids)
             self._hand.drop(lane, gone)
-            for id_ in lost:
-                self._report_lost(lane, id_)
+            self._report_lost(lane, *lost)
         self._hand.renewed_at = started
         if self._stop.is_set():
             return False
@@ -450,8 +450,7 @@ class _Core:
             if ids or lost or start == "0-0":  # else it has looked at many that are in the hands of others
                 break
         self._hand.adopt(lane, ids)
-        for id_ in lost:
-            self._report_lost(lane, id_)
+        self._report_lost(lane, *lost)
         if ids:
             log.warning(
                 "claimed %d entries of %s from consumers that were silent for %g s", len(ids), lane,

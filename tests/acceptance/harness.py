@@ -45,9 +45,8 @@ STREAM = "account"
 LANES = (STREAM, f"{STREAM}:backfill")
 KEYS = 30
 PATIENCE_SECONDS = 60
-REST_SECONDS = (
-    0.01  # of a writer, between transactions: what is started after a kill needs the machine as well
-)
+# Of a writer, between transactions: what is started after a kill needs the machine as well.
+REST_SECONDS = 0.01
 SERVICE = "service"  # as PostgreSQL knows it
 HIGHEST, NEVER = 32767, float("inf")
 

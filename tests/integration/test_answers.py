@@ -1,5 +1,6 @@
 """What follows each answer of Redis, made to happen on real servers: AHEAD, BEHIND, GONE, REFUSED."""
 
+import itertools
 import logging
 from contextlib import suppress
 from uuid import uuid4
@@ -25,6 +26,17 @@ def lose_commit(relay):
         raise Lost
 
     before(relay._store, "record_batch", fail)
+
+
+def lost_at(call):
+    """Return a function that raises Lost the time of that number, from 0 on."""
+    calls = itertools.count()
+
+    def lose():
+        if next(calls) == call:
+            raise Lost
+
+    return lose
 
 
 def journal(box):
@@ -129,13 +141,7 @@ def test_a_crash_while_batches_are_sent_again_repeats_none(box):
     relay.drain()
     box.redis.flushall()
     box.add("d")
-    count = iter(range(9))
-
-    def fail_third():
-        if next(count) == 2:
-            raise Lost
-
-    after(relay._streams, "publish", fail_third, times=9)
+    after(relay._streams, "publish", lost_at(2), times=9)
     with pytest.raises(Lost):
         relay.drain()
     relay.drain()
@@ -179,13 +185,7 @@ def test_what_is_lost_is_counted_before_the_next_batch_is_sent_again(box, caplog
     box.redis.flushall()
     box.sql.execute("DELETE FROM outbox_journal WHERE batch < 3")
     box.add("e")
-    count = iter(range(9))
-
-    def fail_third():
-        if next(count) == 2:
-            raise Lost
-
-    before(relay._streams, "publish", fail_third, times=9)
+    before(relay._streams, "publish", lost_at(2), times=9)
     for _ in range(2):
         with suppress(Lost):
             relay.drain()
@@ -305,13 +305,7 @@ def test_a_crash_while_a_lane_is_filled_repeats_nothing(box, call):
     relay.drain()
     box.redis.delete("s")
     box.add("d")
-    count = iter(range(99))
-
-    def fail():
-        if next(count) == call:
-            raise Lost
-
-    after(relay._streams, "restore", fail, times=99)
+    after(relay._streams, "restore", lost_at(call), times=99)
     with pytest.raises(Lost):
         relay.drain()
     relay.drain()

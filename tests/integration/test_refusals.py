@@ -153,11 +153,14 @@ def test_whatever_time_a_row_holds_it_is_published(box, moment):
     assert sorted(box.lane()) == ["even", "odd"]
 
 
+def limit(box, *commands, keys=("*",)):
+    """Have the relays of a box that are made from now on use Redis as a user with these rights."""
+    box.redis.acl_setuser("relay", enabled=True, passwords=["+pw"], keys=keys, commands=["+@all", *commands])
+    box.redis_url = box.redis_url.replace("//", "//relay:pw@")
+
+
 def test_a_key_of_redis_that_the_relay_has_no_right_to_is_the_events_fault(spoilt):
-    spoilt.redis.acl_setuser(
-        "relay", enabled=True, passwords=["+pw"], keys=["s*", "outbox:*"], commands=["+@all"]
-    )
-    spoilt.redis_url = spoilt.redis_url.replace("//", "//relay:pw@")
+    limit(spoilt, keys=["s*", "outbox:*"])
     spoilt.add("bad", stream="forbidden")
     spoilt.add("good")
     spoilt.relay(backoff_seconds=100.0, backoff_max_seconds=1000.0).drain()
@@ -194,9 +197,7 @@ def test_a_read_only_replica_spends_no_attempt(spoilt):
 @pytest.mark.parametrize("command", ["xadd", "hset", "hdel"])
 def test_a_relay_that_may_not_add_at_all_spends_no_attempt(spoilt, command):
     """Nor does one that may not write the state: what it added would be added again by its next try."""
-    commands = ["+@all", f"-{command}"]
-    spoilt.redis.acl_setuser("relay", enabled=True, passwords=["+pw"], keys=["*"], commands=commands)
-    spoilt.redis_url = spoilt.redis_url.replace("//", "//relay:pw@")
+    limit(spoilt, f"-{command}")
     relay = spoilt.relay()
     cure = f"+{command}"
     spend_no_attempt(spoilt, relay, lambda: spoilt.redis.execute_command("ACL SETUSER", "relay", cure))
@@ -207,9 +208,7 @@ def test_a_lane_is_not_filled_by_a_relay_that_may_not_write_the_state(spoilt):
     spoilt.add("a")
     relay.drain()
     spoilt.redis.delete("s")
-    commands = ["+@all", "-hset"]
-    spoilt.redis.acl_setuser("relay", enabled=True, passwords=["+pw"], keys=["*"], commands=commands)
-    spoilt.redis_url = spoilt.redis_url.replace("//", "//relay:pw@")
+    limit(spoilt, "-hset")
     other = spoilt.relay()
     spoilt.add("b")
     for _ in range(2):

@@ -316,13 +316,19 @@ def test_merge_carries_the_events_of_a_detached_object_until_a_commit(engine, se
     assert (session.get_one(Customer, "c1").name, counted(engine)) == ("new", [1])
 
 
-@pytest.mark.parametrize("leave", ["close", "expunge"])
-def test_merge_carries_what_left_a_session_without_a_commit(engine, session, leave):
+def changed(session):
+    """Return an object that is in the database, with a change and its event that are not."""
     customer = Customer(id="c1")
     session.add(customer)
     session.commit()
     customer.name = "new"
     customer.record(Counted(1))
+    return customer
+
+
+@pytest.mark.parametrize("leave", ["close", "expunge"])
+def test_merge_carries_what_left_a_session_without_a_commit(engine, session, leave):
+    customer = changed(session)
     session.flush()
     if leave == "expunge":
         session.expunge(customer)
@@ -335,11 +341,7 @@ def test_merge_carries_what_left_a_session_without_a_commit(engine, session, lea
 
 @pytest.mark.parametrize("undo", ["rollback", "delete", "failed flush"])
 def test_what_a_rollback_has_expired_brings_no_events_to_the_next_session(engine, session, undo):
-    customer = Customer(id="c1")
-    session.add(customer)
-    session.commit()
-    customer.name = "new"
-    customer.record(Counted(1))
+    customer = changed(session)
     if undo == "delete":
         session.delete(customer)
     session.flush()
