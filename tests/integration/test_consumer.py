@@ -390,6 +390,24 @@ def test_no_more_is_claimed_than_can_be_in_hand(bank, monkeypatch):
     assert len(bank.handled) == 100
 
 
+def test_a_consumer_with_its_hands_full_does_not_wait_for_what_is_there_already(bank, monkeypatch):
+    """It would be told of it at once, again and again."""
+    monkeypatch.setattr("outbox.hand.MOST_WAITING", 1)
+
+    def act(event) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    made = claiming(bank, act)
+    assert made.drain() == 0
+    assert made.it._single._newest == [b"0-0", b"0-0"]
+    bank.add("a")
+    give(bank, "dead", "s")
+    wait_until(lambda: made.run_once() + 1 and bank.handled == ["a"])
+    bank.add("b")
+    assert made.drain() == 0
+    assert made.it._single._newest == []
+
+
 def test_a_heartbeat_counts_from_before_it_was_sent(bank, monkeypatch):
     """This process may be frozen before it reads the answer: what it had may be another's by then."""
     sent, renew = [], Groups.renew
@@ -710,6 +728,23 @@ def test_without_a_look_at_its_age_it_is_handled_once_more(bank, asks, monkeypat
     assert len(others_handle_what_is_read_ahead(bank, asks)) == 100
 
 
+def test_a_group_that_goes_back_over_all_that_waits_here_reads_on(database_url, redis_url):
+    """Each read finds what is in hand already, more often than calls can be nested."""
+
+    def act(event) -> None:
+        if event.data != "last":
+            raise Retry(after=timedelta(hours=1))
+
+    with closing(Bank(database_url, redis_url, "blocking")) as bank:
+        made = bank.consumer(act)
+        names = add_many(bank, 1100)
+        assert made.drain() == 1100
+        bank.redis.xgroup_setid("s", "g", "0")
+        bank.add("last")
+        assert made.drain() == 1
+        assert bank.handled == [*names, "last"]
+
+
 # -- ending -----------------------------------------------------------------------------------------------
 
 
@@ -720,8 +755,7 @@ def test_a_handler_that_ends_its_thread_ends_the_consumer(database_url, redis_ur
         if threading.current_thread().daemon:  # the first worker is in the thread that runs the consumer
             raise SystemExit
 
-    bank = Bank(database_url, redis_url, "blocking")
-    with closing(bank):
+    with closing(Bank(database_url, redis_url, "blocking")) as bank:
         made = bank.consumer(act, concurrency=2)
         with made.running():
             wait_until(lambda: bank.add("e") and made.it._stop.is_set())

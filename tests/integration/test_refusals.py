@@ -199,8 +199,12 @@ def test_a_relay_that_may_not_add_at_all_spends_no_attempt(spoilt, command):
     """Nor does one that may not write the state: what it added would be added again by its next try."""
     limit(spoilt, f"-{command}")
     relay = spoilt.relay()
-    cure = f"+{command}"
-    spend_no_attempt(spoilt, relay, lambda: spoilt.redis.execute_command("ACL SETUSER", "relay", cure))
+
+    def cure() -> None:
+        assert (spoilt.lane(), spoilt.lane("s2")) == ([], [])
+        spoilt.redis.execute_command("ACL SETUSER", "relay", f"+{command}")
+
+    spend_no_attempt(spoilt, relay, cure)
 
 
 def test_a_lane_is_not_filled_by_a_relay_that_may_not_write_the_state(spoilt):
