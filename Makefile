@@ -9,10 +9,10 @@ PIP := -m pip --disable-pip-version-check install --progress-bar off
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 ROLES := session domain claim relay answers refusals wakeup cli
 OF_SQLALCHEMY := session session_machine domain schema inbox handlers
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+PYTEST = -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-system test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long soak clean
+.PHONY: help demo test test-oldest test-roles test-sqlalchemy20 lint format wheel-check bench faults faults-long soak clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -21,16 +21,17 @@ demo: $(READY) ## the airports of the world, live bookings, and a relay and a co
 	@$(BIN)/outbox-relay demo
 
 test: $(READY) ## the whole suite, on PostgreSQL and Valkey out of wheels
-	@$(PYTEST)
+	@$(BIN)/python $(PYTEST)
 
-test-system: $(READY) ## the same suite on the PostgreSQL and Redis of this machine, but for what is the same on any
-	@OUTBOX_TEST_SERVERS=system $(PYTEST) $(addprefix --ignore tests/,unit model acceptance/test_demo.py) -k "not control"
+test-oldest: $(VENV)-sa20/.ready ## the same suite on the PostgreSQL and Redis of this machine, with SQLAlchemy 2.0 and the least rights
+	@OUTBOX_TEST_SERVERS=system OUTBOX_TEST_ROLES=1 $(VENV)-sa20/bin/python $(PYTEST) \
+		$(addprefix --ignore tests/,model acceptance/test_demo.py) -k "not control"
 
 test-roles: $(READY) ## the tests of the write side and the relay, each as a role with the least rights
-	@OUTBOX_TEST_ROLES=1 $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
+	@OUTBOX_TEST_ROLES=1 $(BIN)/python $(PYTEST) $(addprefix tests/integration/test_,$(addsuffix .py,$(ROLES)))
 
 test-sqlalchemy20: $(VENV)-sa20/.ready ## the unit tests, and those of the session, the schema and the inbox, with SQLAlchemy 2.0
-	@$(VENV)-sa20/bin/python -m pytest -n $(WORKERS) --dist loadscope tests/unit \
+	@$(VENV)-sa20/bin/python $(PYTEST) tests/unit \
 		$(addprefix tests/integration/test_,$(addsuffix .py,$(OF_SQLALCHEMY)))
 
 lint: $(READY) ## ruff, mypy --strict, and who may import whom

@@ -1,5 +1,5 @@
-"""Roles of PostgreSQL with the least rights. With OUTBOX_TEST_ROLES set, the service and the relay of every test
-connect as such a role, and the test itself looks on as the owner."""
+"""Roles of PostgreSQL with the least rights. With OUTBOX_TEST_ROLES set, the service and the relay of the
+integration tests connect as such a role, and the test itself looks on as the owner."""
 
 from __future__ import annotations
 
