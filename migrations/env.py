@@ -3,7 +3,7 @@
 import os
 
 from alembic import context
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, inspect, make_url, text
 from sqlalchemy.schema import CreateSchema
 
 from outbox.migrate import VERSION_TABLE
@@ -30,21 +30,22 @@ PREPARE = (
 )
 
 
-def prepare(execute) -> None:
+def prepare(execute, schemas) -> None:
     for statement in PREPARE:
         execute(text(statement))
-    execute(CreateSchema(schema, if_not_exists=True))
+    if schema not in schemas:  # PostgreSQL asks for the right to make one before it looks
+        execute(CreateSchema(schema, if_not_exists=True))
 
 
 if context.is_offline_mode():
     context.configure(dialect_name="postgresql", literal_binds=True, **options)
     with context.begin_transaction():
-        prepare(context.execute)
+        prepare(context.execute, ["public"])
         context.run_migrations()
 else:
     engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
     with engine.begin() as connection:
-        prepare(connection.execute)
+        prepare(connection.execute, inspect(connection).get_schema_names())
         context.configure(connection=connection, **options)
         context.run_migrations()
     engine.dispose()

@@ -289,7 +289,7 @@ class _Core:
             log.warning("%s; again in %.1f s", error, wait, extra={"action": "event_in_hand"})
             self._hand.put_back(entry, time.monotonic() + wait)
         except (Reject, InvalidEvent) as error:
-            await self._give_up(worker, entry, str(error))
+            await self._give_up(worker, entry, redact(str(error)))
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and self._is_cancelled():
                 raise

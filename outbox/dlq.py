@@ -22,14 +22,15 @@ from outbox.loop import finish
 PAGE = 100  # entries
 
 # Walks a page of dead letters. KEYS: dead letters, lane. ARGV: first, last, count, group ('' for all), and the event
-# ids (none: all). Answers with the last entry id of the page and the event ids of what was done.
+# ids (none: all). Answers with the last entry id of the page, and the event ids of what was done and of what was left.
 WALK = """
 local wanted = {}
 for i = 5, #ARGV do wanted[ARGV[i]] = true end
 local function is_chosen(group, id)
     return group and (ARGV[4] == '' or ARGV[4] == group) and (#ARGV == 4 or wanted[id])
 end
-local answer = {''}
+redis.call('XDEL', KEYS[1], '0-0')  -- or who may not would put one back at each try
+local last, done, left = '', {}, {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2], 'COUNT', ARGV[3])) do
     local found, own = {}, {}
     for i = 1, #entry[2], 2 do
@@ -40,17 +41,30 @@ for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2], 'COUNT', 
             own[#own + 1] = value
         end
     end
-    if is_chosen(found['dlq:group'], found['id']) and DONE then
-        redis.call('XDEL', KEYS[1], entry[1])
-        answer[#answer + 1] = found['id'] or ''
+    if is_chosen(found['dlq:group'], found['id']) then
+        local place = left
+        if DONE then
+            redis.call('XDEL', KEYS[1], entry[1])
+            place = done
+        end
+        place[#place + 1] = found['id'] or ''
     end
-    answer[1] = entry[1]
+    last = entry[1]
 end
-return answer
+return {last, done, left}
 """
 PUT_BACK = """
+local groups = redis.pcall('XINFO', 'GROUPS', KEYS[2])
+-- The other groups of a lane would skip it, and then it is trimmed. Where there is none, nothing is.
+local function is_read_by(group)
+    if groups.err or #groups == 0 then return true end
+    for _, info in ipairs(groups) do
+        if info[2] == group then return true end
+    end
+    return false
+end
 local function put_back(own, group)
-    if #own == 0 then return false end  -- its entry was too large to be kept here
+    if #own == 0 or not is_read_by(group) then return false end  -- an entry may have been too large to be kept here
     own[#own + 1] = 'dlq:group'
     own[#own + 1] = group
     return redis.call('XADD', KEYS[2], '*', unpack(own))
@@ -77,6 +91,7 @@ class DeadLetters(Connection):
 
     def __init__(self, url: str, lanes: Sequence[str] | None = None, group: str | None = None) -> None:
         super().__init__(url, (REPLAY, DROP), name="outbox-relay")
+        self.left: list[str] = []  # event ids of what could not be put back
         self._lanes, self._group = lanes, group and group.encode()
 
     def __enter__(self) -> DeadLetters:
@@ -96,7 +111,8 @@ class DeadLetters(Connection):
     def replay(self, event_ids: Sequence[str] | None) -> Iterator[str]:
         """Put dead letters (None: all there are now) back into their lanes; yield the event id of each.
 
-        Only the group that gave up handles it again. The event comes behind what is in the lane.
+        Only the group that gave up handles it again. The event comes behind what is in the lane. In `left` is what
+        stays: of a group that its lane does not have any more, or too large to have been kept whole.
         """
         return self._walk(REPLAY, event_ids)
 
@@ -111,7 +127,8 @@ class DeadLetters(Connection):
             newest = finish(self._run("XREVRANGE", lane + DEAD, "+", "-", "COUNT", 1))
             while newest:
                 arguments = (first, newest[0][0], PAGE, self._group or b"", *(event_ids or ()))
-                seen, *done = finish(self._script(script, keys, *arguments))
+                seen, done, left = finish(self._script(script, keys, *arguments))
+                self.left += map(readable, left)
                 yield from map(readable, done)
                 if not seen:
                     break

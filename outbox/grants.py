@@ -92,9 +92,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("xclaim", "xautoclaim", "xinfo", "xgroup|create", "xgroup|delconsumer"),
         *CONNECTS,
     ),
-    "operator": ("eval", "evalsha", "xadd", *CONNECTS),
+    "operator": ("eval", "evalsha", "xadd", "xinfo|groups", *CONNECTS),
 }
 OF_DEAD_LETTERS = ("+xdel", "+xrange", "+xrevrange")  # an operator's, who may do so with no entry of a lane
+NOT_GRANTED = "01007"  # a warning: who ran the statement has some right, but not that to give it away
 # Redis refuses this as it stands, so that nobody has a user whose password everybody knows.
 PASSWORD = "#sha256-of-the-password"  # noqa: S105
 
@@ -127,8 +128,16 @@ def apply(url: str, given: Iterable[sql.Composed]) -> None:
     """
     try:
         with psycopg.connect(**connection_arguments(url, takeover_seconds=5.0)) as connection:
+            warnings: list[str | None] = []
+            connection.add_notice_handler(lambda notice: warnings.append(notice.sqlstate))
             for statement in given:
                 connection.execute(statement)
+                # The use of a schema that is somebody else's, as public is, is everybody's already.
+                if NOT_GRANTED in warnings and "ON SCHEMA" not in statement.as_string():
+                    raise OutboxError(
+                        "PostgreSQL: this role may not give all these rights; the tables' owner may"
+                    )
+                warnings.clear()
     except psycopg.OperationalError as error:
         raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
     except (pg.UndefinedTable, pg.InvalidSchemaName) as error:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 PURGED_AT_ONCE = 5000  # rows
 # SQLSTATEs that end the connection of a handler that was idle in a transaction, or was in one at all, for too long.
 TOO_SLOW = ("25P03", "25P04")
+STATE, FAILED = "info", 3  # where both psycopgs tell the status of a transaction, and how
+PROBE = select(1)
 
 
 class Inbox:
@@ -55,6 +57,7 @@ class Inbox:
             if is_new:
                 with _only_we_commit(session):
                     await effects(session)
+                await _refuse_failed(session)
             return bool(is_new)
 
         return await self._in_transaction(transact)
@@ -129,6 +132,27 @@ def _only_we_commit(session: Any) -> Iterator[None]:
     if session.get_transaction() is not transaction:
         raise InvalidHandler(
             "a handler has rolled back the session that its consumer commits: use begin_nested()"
+        )
+
+
+async def _refuse_failed(session: Any) -> None:
+    """Refuse a transaction in which a statement has failed: PostgreSQL rolls it back at the COMMIT without a word."""
+    connection = getattr(session, "sync_session", session).connection(bind_arguments={"clause": outbox_inbox})
+    if connection.invalidated:
+        return  # which the commit finds out
+    state = getattr(connection.connection.driver_connection, STATE, None)
+    try:
+        if state is None:  # of asyncpg: its errors are told by the next statement alone
+            await settled(session.execute(PROBE))
+        failed = state is not None and state.transaction_status == FAILED
+    except DBAPIError as error:
+        failed = getattr(error.orig, "sqlstate", None) == "25P02"
+        if not failed:
+            raise
+    if failed:
+        raise InvalidHandler(
+            "a handler has gone on after an error of PostgreSQL, which undoes the whole transaction: what may fail "
+            "needs begin_nested()"
         )
 
 

@@ -231,7 +231,7 @@ def dlq_replay(letters: DeadLetters, chosen: str, event_ids: tuple[UUID, ...], e
 
     Only the group that gave up handles the event again; others skip it. It keeps its id, key and
     priority, and comes behind what is in the lane. Where it is ended, it may be started again:
-    nothing is replayed twice.
+    nothing is replayed twice. What belongs to a group that is gone is left.
 
     \b
     Examples:
@@ -239,7 +239,7 @@ def dlq_replay(letters: DeadLetters, chosen: str, event_ids: tuple[UUID, ...], e
       outbox-relay dlq replay --all --stream customer --group billing
     """
     wanted = _wanted(event_ids, everything)
-    _say_each("replayed", wanted, letters.replay(_texts(wanted)), chosen)
+    _say_each("replayed", wanted, letters.replay(_texts(wanted)), letters, chosen)
 
 
 @dlq.command("drop")
@@ -260,7 +260,7 @@ def dlq_drop(
     wanted = _wanted(event_ids, everything)
     if not yes:
         _confirm_drop(wanted, chosen)
-    _say_each("dropped", wanted, letters.drop(_texts(wanted)), chosen)
+    _say_each("dropped", wanted, letters.drop(_texts(wanted)), letters, chosen)
 
 
 def _table(rows: list[dict[str, Any]]) -> Report:
@@ -321,7 +321,9 @@ def _as_json(payload: str | None) -> str:
     return str(payload)
 
 
-def _say_each(what: str, wanted: list[UUID] | None, done: Iterator[str], chosen: str) -> None:
+def _say_each(
+    what: str, wanted: list[UUID] | None, done: Iterator[str], letters: DeadLetters, chosen: str
+) -> None:
     """Do what is to be done with each, and say how far it has come."""
     ids: list[str] = []
     try:
@@ -331,7 +333,10 @@ def _say_each(what: str, wanted: list[UUID] | None, done: Iterator[str], chosen:
         failed = failure(error)
         so_far = f"{what} until then: {counted(len(ids), 'dead letter')}."
         raise Failed(f"{failed.message} {so_far}", failed.exit_code) from error
-    _say_done(what, _texts(wanted), ids, chosen)
+    _say_done(what, [each for each in _texts(wanted) or () if each not in letters.left], ids, chosen)
+    if letters.left:
+        why = "their lane has no such group any more, or they were too large to be kept whole"
+        raise Failed(f"{counted(len(letters.left), 'dead letter')} left where they are: {why}", 1)
 
 
 def _texts(event_ids: list[UUID] | None) -> list[str] | None:

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import click
@@ -34,12 +35,19 @@ class Lines(logging.Handler):
         self._as_json = as_json
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self._json(record) if self._as_json else self._text(record)
         try:
-            sys.stderr.write(redact(line) + "\n")
-            sys.stderr.flush()
-        except OSError:
-            pass  # that nobody reads the log is no reason to stop
+            line = self._line(record)
+        except Exception as error:  # of a log call that is not ours: its arguments do not fit, say
+            message = f"{record.pathname}:{record.lineno}: a message that cannot be written: {error!r}"
+            instead: dict[str, Any] = {"msg": message, "args": (), "fields": {}, "exc_info": None}
+            line = self._line(logging.makeLogRecord(record.__dict__ | instead))
+        if sys.stderr:  # None where it was closed before the start
+            with suppress(OSError):  # that nobody reads the log is no reason to stop
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+
+    def _line(self, record: logging.LogRecord) -> str:
+        return self._json(record) if self._as_json else redact(self._text(record))
 
     def _text(self, record: logging.LogRecord) -> str:
         level, colour = record.levelname, COLOURS.get(record.levelname)
@@ -54,7 +62,13 @@ class Lines(logging.Handler):
             "action": _action(record),
             "message": _message(record),
         }
-        return json.dumps(fields | getattr(record, "fields", {}))
+        fields |= getattr(record, "fields", {})
+        # Value by value: in the line, what follows a password would be taken for a part of it.
+        return json.dumps({name: _plain(value) for name, value in fields.items()})
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, NoneType)) else redact(str(value))
 
 
 def _moment(record: logging.LogRecord) -> str:

@@ -137,6 +137,8 @@ class _Recorder:
         """Give the session something to flush, if it has no new object."""
         executing = self._session._warn_on_events  # its flush takes no more objects; the rows go with it
         if not executing and not self._session._new:  # `new` would copy it
+            # Where the outbox is; its flush would open a connection of any other engine that the session has.
+            self._session.bind_mapper(_Dirt, self._session.get_bind(clause=outbox))
             dirt = _Dirt()
             self._session.add(dirt)
             self._dirt = inspect(dirt)

@@ -21,8 +21,10 @@ from outbox.errors import InvalidSetting
 from outbox.lanes import STREAM_NAME, Lanes
 
 PREFIX = "OUTBOX_"
-# Variables of this prefix that are no settings of the daemon.
-OTHERS = ("OUTBOX_CONFIG", "OUTBOX_TEST_")
+CONFIG, TEST = (
+    "OUTBOX_CONFIG",
+    "OUTBOX_TEST_",
+)  # the variables of this prefix that are no settings of the daemon
 
 
 USERINFO = re.compile(r"(://[^\s:/?#@]*):\S*@")
@@ -156,11 +158,11 @@ def _given(
     flags: Mapping[str, Any], environ: Mapping[str, str], config: str | None
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield name, value, and the name as it was written; the last of a name counts."""
-    path = config or environ.get("OUTBOX_CONFIG")
+    path = config or environ.get(CONFIG)
     for name, value in _read(path).items() if path else ():
         yield name, value, f"{path}: {name}"
     for variable, text in environ.items():
-        if variable.startswith(PREFIX) and not variable.startswith(OTHERS):
+        if variable.startswith(PREFIX) and not variable.startswith(TEST) and variable != CONFIG:
             name = variable.removeprefix(PREFIX).lower()
             _known(name, variable, lambda near: PREFIX + near.upper())
             yield name, text, variable

@@ -417,10 +417,34 @@ def test_what_fails_again_meanwhile_is_left_for_the_next_replay(redis: Any, redi
 
 def test_a_dead_letter_whose_entry_was_too_large_to_keep_is_left(invoke: Invoke, redis: Any) -> None:
     redis.xadd(f"{STREAM}:dlq", {"dlq:group": "billing", "dlq:error": "E"})
-    assert "0 dead letters" in invoke("dlq", "replay", "--all").stdout
+    result = invoke("dlq", "replay", "--all")
+    assert ("0 dead letters" in result.stdout, "too large" in result.stderr) == (True, True)
     assert (redis.xlen(STREAM), redis.xlen(f"{STREAM}:dlq")) == (0, 1)
     assert "1 dead letter" in invoke("dlq", "drop", "--all", "--yes").stdout
     assert redis.xlen(f"{STREAM}:dlq") == 0
+
+
+def test_a_dead_letter_of_a_group_that_is_gone_is_left(invoke: Invoke, redis: Any) -> None:
+    """The others would skip it; without any, it waits in the lane for the group to be made again."""
+    (event_id,) = bury(redis, STREAM, 1, group="gone")
+    redis.xgroup_create(STREAM, "billing", "0", mkstream=True)
+    for arguments in (["--all"], [event_id]):
+        result = invoke("dlq", "replay", *arguments)
+        assert (result.exit_code, "no such group" in result.stderr) == (1, True), result.output
+    assert (redis.xlen(STREAM), redis.xlen(f"{STREAM}:dlq")) == (0, 1)
+    redis.xgroup_destroy(STREAM, "billing")
+    assert invoke("dlq", "replay", "--all").exit_code == 0
+    assert ids_in(redis, STREAM) == [event_id]
+
+
+def test_who_may_not_delete_a_dead_letter_puts_none_back(invoke: Invoke, redis: Any, redis_url: str) -> None:
+    bury(redis, STREAM, 1)
+    user = f"cli-{uuid4().hex}"
+    redis.execute_command("ACL", "SETUSER", user, "on", ">canary", "~*", "&*", "+@all", "-xdel")
+    url = make_url(redis_url).set(username=user, password="canary").render_as_string(hide_password=False)
+    assert invoke("dlq", "replay", "--all", OUTBOX_REDIS_URL=url).exit_code == 3
+    assert (redis.xlen(STREAM), redis.xlen(f"{STREAM}:dlq")) == (0, 1)
+    redis.acl_deluser(user)
 
 
 def test_a_lane_that_takes_no_entry_ends_with_3_and_says_how_far_it_came(invoke: Invoke, redis: Any) -> None:

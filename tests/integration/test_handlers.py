@@ -94,6 +94,13 @@ def test_a_handler_chooses_when_it_is_called_again(bank):
     assert bank.pending() == {"a": 3}
 
 
+def test_no_password_in_a_rejection_is_kept(bank):
+    made = bank.consumer(raising(Reject("no answer of postgresql://u:canary@h/d")))
+    bank.add("a")
+    assert made.drain() == 1
+    assert bank.dead()[0]["dlq:error"] == "no answer of postgresql://u:***@h/d"
+
+
 def test_what_is_rejected_is_a_dead_letter_at_once_and_says_why(bank, caplog):
     made = bank.consumer(raising(Reject("no such customer")))
     id_ = bank.add("a", subject="k", tenant="eu")

@@ -209,6 +209,17 @@ def test_grants_print_sql_that_does_the_same(granted, database_url, box: Box, ro
     assert box.sql.execute(rights).fetchall() == before
 
 
+@pytest.mark.parametrize("role", ["relay", "service"])
+def test_who_may_not_give_rights_away_is_told(granted, database_url, box: Box, role: str) -> None:
+    """PostgreSQL itself warns of it, where the role has some right of its own, and goes on."""
+    result = run(
+        "grants", "--reader", ROLES["consumer"], "--apply", OUTBOX_DATABASE_URL=role_url(database_url, role)
+    )
+    assert (result.exit_code, "owner" in result.stderr or "denied" in result.stderr) == (1, True), (
+        result.output
+    )
+
+
 ODD = 'a "b"; DROP TABLE outbox; --'
 
 

@@ -17,7 +17,7 @@ import pydantic
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Column, ForeignKey, String, Table, event, insert, select, text, update
+from sqlalchemy import Column, ForeignKey, String, Table, create_engine, event, insert, select, text, update
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
@@ -1049,3 +1049,13 @@ def test_bad_input_runs_no_sql_and_leaves_the_session_usable(engine, session, st
 def test_what_is_no_session_is_refused():
     with pytest.raises(InvalidEvent, match=r"^session: a Session or AsyncSession is needed"):
         publish(object(), Counted(1))
+
+
+def test_a_session_that_has_an_engine_for_each_class_needs_none_for_anything_else(engine):
+    outbox_table = outbox.metadata.tables["outbox"]
+    with Session(binds={Base: engine, outbox_table: engine}) as session, session.begin():
+        publish(session, Counted(1))
+    elsewhere = create_engine("postgresql+psycopg://u@127.0.0.1:1/nowhere")
+    with Session(elsewhere, binds={Base: engine, outbox_table: engine}) as session, session.begin():
+        publish(session, Counted(2))
+    assert [json.loads(row.data)["n"] for row in rows(engine)] == [1, 2]

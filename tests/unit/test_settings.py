@@ -72,6 +72,10 @@ def test_a_wrong_variable_is_refused_by_its_name(environ: dict[str, str], parts:
         assert part in message
 
 
+def test_a_variable_that_only_begins_as_that_of_the_file_does_is_refused() -> None:
+    assert "OUTBOX_CONFIG_FILE" in refusal(environ={"OUTBOX_CONFIG_FILE": "/etc/relay.toml"})
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.02])
 def test_a_batch_may_take_any_time_up_to_the_longest(seconds: float) -> None:
     assert Settings(batch_seconds=seconds).batch_seconds == seconds
