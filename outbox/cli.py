@@ -319,7 +319,12 @@ def prune(config: Settings) -> None:
         closing(Streams(config.redis_url, prefix=config.redis_prefix)) as streams,
         progress(lambda: f"{counted(purged, 'batch')} purged ..."),
     ):
-        last = streams.purgeable(store.outbox_id())
+        outbox_id = store.outbox_id()
+        last, lost = streams.purgeable(outbox_id, streams.state(outbox_id)[1])
+        if lost:
+            raise Failed(
+                f"Redis has lost {', '.join(lost)}: a relay fills it again, from what would be purged.", 3
+            )
         while some := store.purge(config.journal_retention_seconds, last):
             purged += some
     age = f"{config.journal_retention_seconds:g} s"

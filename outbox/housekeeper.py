@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from outbox.errors import OutboxError, Unavailable
+from outbox.errors import OutboxError, RedisUnavailable, Unavailable
 from outbox.lanes import NO_PAUSE
 from outbox.loop import Every, Stop
 from outbox.priority import LOWEST
@@ -35,9 +35,11 @@ class Housekeeper:
         )
         self._streams = Streams(settings.redis_url, prefix=settings.redis_prefix)
         self._lane_rule = settings.lane_rule()
-        self._pressure_again = Every(PRESSURE_SECONDS)
+        self.pressure_again = Every(PRESSURE_SECONDS)
         self.pause = NO_PAUSE  # what the relay should leave in PostgreSQL for now
-        self._trim_again = Every(TRIM_SECONDS)
+        self.lost: list[str] = []  # lanes that the relay should fill again, though nothing is published there
+        self._seen: list[str] = []
+        self._look_again, self._trim_again = Every(TRIM_SECONDS), Every(TRIM_SECONDS)
         self._unread: set[str] = set()  # lanes without a group when they were looked at last
         self._told: set[str] = set()
         self._say_again: defaultdict[str, Every] = defaultdict(lambda: Every(SAY_AGAIN_SECONDS))
@@ -46,7 +48,7 @@ class Housekeeper:
         """Keep house until stopped, each chore by itself, whatever becomes of the others. Blocks."""
         rest_seconds = min(PRESSURE_SECONDS, max(0.1, self._settings.journal_retention_seconds / 10))
         while not self._stop.is_set():
-            if self._pressure_again.due():
+            if self.pressure_again.due():
                 self._do_or_log("how full Redis is cannot be seen", self.look_at_pressure)
             purged = self._do_or_log("the journal cannot be purged", self.purge)
             if self._trim_again.due():
@@ -70,9 +72,13 @@ class Housekeeper:
     def purge(self) -> int:
         """Delete a few batches of the journal that are older than the retention; return how many.
 
-        One that Redis has not got is kept, however old: Redis may have been away for longer than the retention.
+        What Redis has not got, or has lost, is kept, however old: Redis may have been away for longer than the
+        retention, and the next event of a lane that is gone may come in a day.
         """
-        last = self._streams.purgeable(self._store.outbox_id())
+        outbox_id = self._store.outbox_id()
+        if not self._seen or self._look_again.due():
+            self._seen = self._streams.state(outbox_id)[1]
+        last, self.lost = self._streams.purgeable(outbox_id, self._seen)
         return self._store.purge(self._settings.journal_retention_seconds, last)
 
     def look_at_pressure(self) -> None:
@@ -92,7 +98,17 @@ class Housekeeper:
     def trim(self) -> int:
         """Drop the old entries that all groups have finished, in each lane; return how many."""
         before_ms = int((time.time() - self._settings.stream_retention_seconds) * 1000)
-        return sum(self._trim_lane(lane, before_ms) for lane in self._lanes())
+        dropped, refused = 0, None
+        for lane in self._lanes():
+            try:
+                dropped += self._trim_lane(lane, before_ms)
+            except RedisUnavailable as error:  # one that we may not use must not hold up the others
+                if not redis_refused(error):
+                    raise
+                refused = refused or error
+        if refused:
+            raise refused
+        return dropped
 
     def close(self) -> None:
         """Close both connections."""

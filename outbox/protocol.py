@@ -25,13 +25,13 @@ E = TypeVar("E", bound=Event)
 
 
 class Mark(NamedTuple):
-    """How Redis remembers an event: its row, and how its id begins.
+    """How Redis remembers an event: its row, and both ends of its id, as the time of a UUID is in some at the start.
 
     The row alone would not do: a PostgreSQL that has lost commits gives the same numbers to other events.
     """
 
     row: int
-    start: str
+    ends: str
 
 
 # -- what Redis answers to a batch ----------------------------------------------------------------------------

@@ -121,6 +121,7 @@ class Relay:
         self._urgent_at = float("-inf")  # when an event of a higher one came, by the monotonic clock
         self._in_doubt: Batch | None = None  # where Redis stands is to be asked first, and about its lanes
         self._housekeeper = Housekeeper(settings, self.stop)
+        self._keeping: threading.Thread | None = None
         self._behind_again = 0.0  # when to look behind what waits, by the monotonic clock
         self._listener: Listener | None = None
         self._listen_again = Every(30)
@@ -139,8 +140,8 @@ class Relay:
 
     def run(self) -> None:
         """Relay until stopped, finishing the batch in hand. Blocks."""
-        housekeeper = threading.Thread(target=self._housekeeper.run, daemon=True)
-        housekeeper.start()
+        self._keeping = threading.Thread(target=self._housekeeper.run, daemon=True)
+        self._keeping.start()
         while not self.stop.is_set():
             try:
                 self._listen()
@@ -152,21 +153,24 @@ class Relay:
                 if not moved:
                     self._rest()
         self._store.rollback()  # what was claimed ahead is for others now
-        housekeeper.join(timeout=1)
+        self._keeping.join(timeout=1)
         self.close()
 
     def drain(self, timeout_seconds: float = 30.0) -> int:
         """Relay until nothing due is left, whoever publishes it, or until stopped; return how many this call did.
 
-        Connections stay open until `close`. Raises the last Unavailable after `timeout_seconds` of it.
+        What would fill Redis is left. Nothing is purged or trimmed. Connections stay open until `close`. Raises the
+        last Unavailable after `timeout_seconds` of it.
         """
         before = self.published
         failing_since: float | None = None
         while not self.stop.is_set():
             try:
                 self._listen()
+                if self._housekeeper.pressure_again.due():
+                    self._housekeeper.look_at_pressure()
                 moved = self.run_once(ahead=True)
-                if not moved and not self._store.due():
+                if not moved and not self._store.due(self._housekeeper.pause):
                     break
             except Unavailable as error:
                 failing_since = failing_since or time.monotonic()
@@ -200,6 +204,8 @@ class Relay:
         """Close all connections."""
         self._store.close()
         self._streams.close()
+        if not (self._keeping and self._keeping.is_alive()):
+            self._housekeeper.close()
         self._stop_listening()
         self._trace.close()
 
@@ -317,8 +323,9 @@ class Relay:
             self._store.commit()  # of nothing: the store need not forget where its claims stopped
             return None
         connected = self._streams.connect()
-        if connected and self._in_doubt is None:
-            self._in_doubt = EMPTY
+        lost, self._housekeeper.lost = self._housekeeper.lost, []
+        if self._in_doubt is None and (connected or lost):
+            self._in_doubt = EMPTY._replace(lanes=lost)
         if self._store.goes_on() and (self._in_doubt is not None or self._waits_for_room()):
             # Recovering commits, and would delete what was claimed ahead before it is published; and some of that may
             # have to wait until Redis has room again.

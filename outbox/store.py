@@ -102,7 +102,8 @@ GET_ID: LiteralString = f"SELECT {DURABLE}, pg_current_xact_id();"
 DUE: LiteralString = "(o.available_at IS NULL OR o.available_at <= clock_timestamp())"
 FREE: LiteralString = """
  AND NOT EXISTS (SELECT FROM {outbox} r
-                 WHERE r.attempts > 0 AND r.stream = o.stream AND r.key = o.key AND r.id < o.id)
+                 WHERE r.attempts > 0 AND r.stream = o.stream AND r.key = o.key
+                   AND (r.created_at, r.id) < (o.created_at, o.id))
 """
 
 # Not of a lane that waits until Redis has room again.
@@ -158,9 +159,9 @@ RETURNING (SELECT cardinality(places) FROM chosen), (SELECT at::text FROM since)
 """
 
 ADOPT: LiteralString = """
-DELETE FROM {outbox} USING unnest(%s::bigint[], %s::text[]) AS published (row_id, start)
-WHERE id = row_id AND starts_with(event_id::text, start) RETURNING {columns}
-"""
+DELETE FROM {outbox} USING unnest(%s::bigint[], %s::text[]) AS published (row_id, ends)
+WHERE id = row_id AND starts_with(left(event_id::text, 8) || right(event_id::text, 8), ends) RETURNING {columns}
+"""  # The relays of before have remembered the start alone.
 SIZE: LiteralString = "pg_column_size(o.payload) + coalesce(pg_column_size(o.headers), 0)"
 COLUMNS: LiteralString = (
     "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
@@ -508,8 +509,8 @@ class Store:
 
     def adopt(self, marks: Sequence[Mark]) -> list[Waiting]:
         """Delete and return the events that these marks name, in order: they have been published."""
-        rows, starts = zip(*marks, strict=True) if marks else ((), ())
-        return in_order(self._run(ADOPT, (list(rows), list(starts))))
+        rows, ends = zip(*marks, strict=True) if marks else ((), ())
+        return in_order(self._run(ADOPT, (list(rows), list(ends))))
 
     def record_batch(self, batch: int, events: int, body: bytes) -> None:
         """Write the batch into the journal and move the leader's row to it.
@@ -594,9 +595,10 @@ class Store:
         with self._translated():
             self._connected()
 
-    def due(self) -> bool:
-        """Return whether an event is due, whoever is going to publish it."""
-        found = self._run("SELECT EXISTS (SELECT FROM {outbox} o WHERE {due})", due=DUE + FREE)
+    def due(self, pause: Pause = NO_PAUSE) -> bool:
+        """Return whether an event is due that need not wait until Redis has room, whoever is going to publish it."""
+        query: LiteralString = "SELECT EXISTS (SELECT FROM {outbox} o WHERE {due})"
+        found = self._run(query, pause._asdict() | {"lanes": list(pause.lanes)}, due=DUE + FREE + FLOWING)
         return bool(found[0][0])
 
     def purge(self, retention_seconds: float, last: int) -> int:

@@ -4,7 +4,7 @@
 |---|---|---|
 | `<prefix>:<outbox id>` | hash | the state: what Redis knows of the outbox |
 | ... `batch` | | number of the last batch that was added |
-| ... `ids:<n>` | | what was added with batch n (the last 64 of them), to be adopted: `<row>:<start of its id>` |
+| ... `ids:<n>` | | what was added with batch n (the last 64 of them), to be adopted: `<row>:<both ends of its id>` |
 | ... `refused` | | events of a batch that was sent again and that Redis refused, until they are dead letters |
 | ... `last:<lane>` | | the newest entry that was added to the lane, and how many it had had by then |
 | ... `restored:<lane>` | | while a lost lane is filled again: the last journal batch added |
@@ -49,7 +49,7 @@ SERVER_STATES = (
 )  # fmt: skip
 
 KEPT = 64  # batches of which Redis remembers what is in them
-MARK = re.compile("(-?[0-9]{1,19}):([0-9a-f]{8})")
+MARK = re.compile("(-?[0-9]{1,19}):([0-9a-f]{8}|[0-9a-f]{16})")
 
 HEAD = """
 -- Who sends again learns of refusals before anything else happens: they outlive a crash of the relay in here.
@@ -180,7 +180,9 @@ for i, event in ipairs(events) do
 end
 local ids = ARGV[4]
 if #answer > 1 then
-    for i, event in ipairs(added) do added[i] = event[3] .. ':' .. string.sub(event[4], 1, 8) end
+    for i, event in ipairs(added) do
+        added[i] = event[3] .. ':' .. string.sub(event[4], 1, 8) .. string.sub(event[4], -8)
+    end
     ids = table.concat(added, ' ')
 end
 redis.call('HSET', KEYS[1], 'batch', ARGV[2], 'ids:' .. ARGV[2], ids)
@@ -252,12 +254,30 @@ if redis.call('HGET', KEYS[1], 'refused') == ARGV[1] then redis.call('HDEL', KEY
 return {'OK'}
 """
 
+# Answers the batch at which Redis stands, and which of the lanes have lost their entries, or are being filled again.
+# KEYS: the state, lanes.
+STANDS = (
+    HEAD
+    + """
+local answer = {batch}
+for i = 2, #KEYS do
+    if went_back(KEYS[i]) or redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1 then
+        answer[#answer + 1] = KEYS[i]
+    end
+end
+return answer
+"""
+)
+
 # Drops the entries of a lane that all its groups have finished, if they are older than ARGV[1], a time in Unix
 # milliseconds. Without a group nothing is finished. Answers the numbers of groups, of entries dropped, and of all.
 TRIM = """
 local lane = KEYS[1]
 local groups = redis.pcall('XINFO', 'GROUPS', lane)
-if groups.err then return {0, 0, 0} end  -- no such lane
+if groups.err then
+    if string.find(groups.err, 'no such key') or string.find(groups.err, 'WRONGTYPE') then return {0, 0, 0} end
+    return groups
+end
 local function parts(id)
     local ms, number = string.match(id, '(%d+)-(%d+)')
     return tonumber(ms), tonumber(number)
@@ -280,6 +300,7 @@ return {#groups, dropped, redis.call('XLEN', lane)}
 """
 
 MAX_PAYLOAD = 64 * 1024 * 1024  # Redis drops a connection that sends more than its proto-max-bulk-len
+SOME_LANES = 100  # that are looked at in one call, so that Redis is not held up
 EVICTING = ("allkeys-lru", "allkeys-lfu", "allkeys-random", "allkeys-lrm")
 
 
@@ -311,7 +332,8 @@ class Streams:
         self._prefix = prefix
         self._warned = False
         self._scripts = {
-            script: self._redis.register_script(script).sha for script in (TRIM, PUBLISH, RESTORE, FORGET)
+            script: self._redis.register_script(script).sha
+            for script in (TRIM, STANDS, PUBLISH, RESTORE, FORGET)
         }
 
     def connect(self) -> bool:
@@ -406,15 +428,20 @@ class Streams:
             raise RedisUnavailable(f"Redis: the batch of {self._prefix}:{outbox_id} is no number")
         return int(batch), sorted(lanes)
 
-    def purgeable(self, outbox_id: str) -> int:
-        """Return the last batch that Redis has: none (0) while one that was sent again is to be looked up.
+    def purgeable(self, outbox_id: str, lanes: Sequence[str]) -> tuple[int, list[str]]:
+        """Return the last batch that Redis has, and which of the lanes it has lost.
 
-        That is one of which it has refused events.
+        The batch is 0 while the journal is to be read once more: for a lane that is lost, or for an event that was
+        refused when it was sent again.
         """
-        with self._translated():
-            key = f"{self._prefix}:{outbox_id}"
-            batch, refused = self._redis.hget(key, "batch"), self._redis.hexists(key, "refused")
-        return int(batch) if batch and batch.isdigit() and not refused else 0
+        batch, lost = 0, list[str]()
+        for start in range(0, len(lanes) or 1, SOME_LANES):
+            some = EMPTY._replace(lanes=[*lanes[start : start + SOME_LANES]])
+            batch, *found = self._call(STANDS, outbox_id, some)
+            if batch == b"REFUSED":
+                return 0, []
+            lost += [lane.decode() for lane in found]
+        return (0 if lost else batch), lost
 
     def lengths(self, lanes: Sequence[str]) -> dict[str, int | None]:
         """Return the number of entries in each lane: 0 where there is no key, None where it is no stream."""
@@ -599,7 +626,7 @@ def encode(source: str, events: Sequence[Waiting], lane: Callable[[str, int], st
             (place[0], group, str(row), event_id, type_, time, place[1], payload, correlation, *more)
         )
     names = list(lanes)
-    ids = " ".join([f"{event.id}:{event.event_id[:8]}" for event in events])
+    ids = " ".join([f"{event.id}:{event.event_id[:8]}{event.event_id[-8:]}" for event in events])
     return Batch(names, ids, msgpack.packb([source, names, encoded]))
 
 
@@ -611,7 +638,7 @@ def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
     try:
         source, lanes, events = msgpack.unpackb(body)
         _check_shape(source, lanes, events)
-        batch = Batch(lanes, " ".join(f"{event[2]}:{event[3][:8]}" for event in events), body)
+        batch = Batch(lanes, " ".join(f"{event[2]}:{event[3][:8]}{event[3][-8:]}" for event in events), body)
         return batch, [_waiting(lanes, event) for event in events]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise DamagedBatch(f"{error or error.__class__.__name__}") from error
@@ -736,7 +763,7 @@ def _noted(note: bytes) -> Refused:
 def _marks(batch: int, ids: bytes) -> list[Mark] | None:
     """Return what was added with a batch, or None where somebody has damaged it.
 
-    Nothing is made of a part: the start of an id that is cut off would be that of other events, too.
+    Nothing is made of a part: a mark that is cut off may be that of another event.
     """
     found = [MARK.fullmatch(mark) for mark in ids.decode(errors="replace").split()]
     marks = [Mark(int(each[1]), each[2]) for each in found if each and abs(int(each[1])) < 2**63]

@@ -414,8 +414,8 @@ def test_a_batch_whose_ids_are_damaged_is_one_that_redis_does_not_remember(box, 
     assert {"state_damaged", "commits_lost"} <= {*actions(caplog)}
 
 
-def test_an_empty_start_of_an_id_makes_no_other_event_taken_for_published(box):
-    """The start that is missing would be the start of any id."""
+def test_a_mark_without_an_id_makes_no_other_event_taken_for_published(box):
+    """It would be that of any event."""
     box.add("a")
     relay = box.relay()
     lose_commit(relay)

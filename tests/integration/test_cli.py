@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import select
@@ -12,6 +13,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,10 +25,12 @@ from click.testing import CliRunner
 from sqlalchemy import make_url
 
 from outbox import cli
+from outbox.report import Lines
 from outbox.settings import FIELDS, safe_url
 from outbox.store import Store
+from tests.integration.box import Box
 from tests.integration.conftest import Invoke, Start
-from tests.roles import as_role
+from tests.roles import as_role, role_url
 
 NOWHERE = "127.0.0.1:1"  # nothing listens there
 DEAD_ID = "6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c"
@@ -346,6 +350,24 @@ def test_logs_may_be_json_and_quieter(invoke: Invoke) -> None:
     assert invoke("run", "--once", "--log-level", "warning").stderr == ""
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_log_call_of_somebody_that_cannot_be_written_raises_nothing(form: str, capsys: Any) -> None:
+    handler = Lines(form == "json")
+    for message, arguments, fields in (
+        ("charged %d", ("12",), {}),
+        ("paid", (), {"amount": Decimal("1.5"), "url": "postgresql://h/d?passfile=/canary"}),
+    ):
+        record = logging.makeLogRecord(
+            {"msg": message, "args": arguments, "pathname": "shop.py", "fields": fields}
+        )
+        handler.emit(record)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "shop.py:0: a message that cannot be written" in first
+    assert ("1.5" in second, "canary" in second) == (True, False)
+    if form == "json":
+        assert json.loads(second)["url"].endswith("passfile=***")
+
+
 def test_the_first_signal_ends_run_with_0(start: Start) -> None:
     process = start("run")
     read_until(process, "relay_started")
@@ -652,6 +674,29 @@ def test_prune_purges_what_is_older_than_the_retention_until_none_is_left(
     redis.hset(f"outbox:{outbox_id}", "batch", 123)  # it has got the others
     assert "purged 10 batches" in invoke("prune").stdout
     assert execute(database_url, "SELECT count(*) FROM outbox_journal") == [(3,)]
+
+
+def test_prune_keeps_what_a_lane_that_is_lost_is_filled_from(invoke: Invoke, redis: Any, box: Box) -> None:
+    box.add("a")
+    box.relay().drain()
+    redis.delete("s")
+    result = invoke("prune", "--journal-retention-seconds", "0")
+    assert (result.exit_code, "has lost s:" in result.stderr) == (3, True), result.output
+    assert box.value("SELECT count(*) FROM outbox_journal") == 1
+
+
+def test_migrate_needs_no_right_to_make_a_schema_that_is_there(
+    empty_database_url: str, roles: dict[str, str]
+) -> None:
+    execute(empty_database_url, f"GRANT CREATE ON SCHEMA public TO {roles['service']}")
+    execute(
+        empty_database_url, f"REVOKE CREATE ON DATABASE {make_url(empty_database_url).database} FROM PUBLIC"
+    )
+    env = {"OUTBOX_DATABASE_URL": role_url(empty_database_url, "service")}
+    for _ in range(2):
+        result = CliRunner().invoke(cli.cli, ["migrate"], env=env)
+        assert result.exit_code == 0, result.output
+    assert execute(empty_database_url, "SELECT 1 FROM outbox") == []
 
 
 def test_migrate_makes_the_tables_and_may_be_repeated(empty_database_url: str, redis_url: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import make_url
 
 from outbox import grants, housekeeper
+from outbox.errors import RedisUnavailable
 from outbox.housekeeper import Housekeeper
 from outbox.loop import Stop
 from outbox.settings import Settings
@@ -133,6 +134,27 @@ def test_what_a_user_of_redis_may_not_trim_is_said_once_and_the_other_chores_go_
     assert (rounds.keeper.pause.lanes, journal(published)) == (("s",), 0)
 
 
+def test_a_lane_that_may_not_be_trimmed_does_not_hold_up_the_others(published: Box) -> None:
+    published.add("c", stream="t")
+    published.relay().drain()
+    user = f"housekeeper-{uuid4().hex}"
+    published.redis.execute_command("ACL", "SETUSER", user, "on", ">canary", "~t", "~outbox:*", "&*", "+@all")
+    url = make_url(published.redis_url).set(username=user, password="canary")
+    named = Settings(database_url=published.database_url, redis_url=url.render_as_string(hide_password=False))
+    keeper = Housekeeper(named, Stop())
+    for lane in "st":
+        published.redis.xgroup_create(lane, "g", "0")
+        published.redis.xreadgroup("g", "c", {lane: ">"})
+        published.redis.xack(lane, "g", *[entry for entry, _ in published.redis.xrange(lane)])
+    before(keeper, "_note_readers", lambda: seen.append(1), times=9)
+    seen: list[int] = []
+    with pytest.raises(RedisUnavailable, match="permission"):
+        keeper.trim()
+    assert seen == [1]  # of t
+    keeper.close()
+    published.redis.acl_deluser(user)
+
+
 def test_each_chore_that_is_refused_is_said_again_after_a_time(
     published: Box,
     limited: str,
@@ -178,6 +200,21 @@ def test_what_redis_has_not_got_is_kept_however_old_it_is(published: Box, keep: 
     rounds.wait()
     assert journal(published) == (2 if away else 1)
     assert published.value("SELECT max(batch) FROM outbox_journal") == 2
+
+
+def test_while_a_lane_is_lost_the_journal_is_kept_and_the_relay_is_told(published: Box, keep: Keep) -> None:
+    """What it holds of the lane is all that there is; and nobody may publish there for days."""
+    published.redis.delete("s")
+    rounds = keep()
+    rounds.start()
+    rounds.wait()
+    assert (journal(published), rounds.keeper.lost) == (2, ["s"])
+    relay = published.relay()
+    relay._housekeeper.lost = rounds.keeper.lost
+    relay.drain()
+    assert published.lane() == ["a", "b"]
+    wait_until(lambda: not journal(published))
+    assert rounds.keeper.lost == []
 
 
 def test_a_batch_is_kept_while_events_of_it_that_were_refused_are_to_be_found_in_it(

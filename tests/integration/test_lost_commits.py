@@ -9,7 +9,7 @@ from psycopg import sql
 from outbox.streams import KEPT, decode
 from tests.conftest import admin
 from tests.integration.box import Box, before
-from tests.integration.test_answers import Lost, kill_backends
+from tests.integration.test_answers import Lost, kill_backends, lose_commit
 
 
 class Copies:
@@ -102,6 +102,41 @@ def test_another_event_that_has_got_the_number_of_a_lost_one_is_published(
     box.relay().drain()
     assert (box.lane(), box.waiting()) == (["a", *published, "new"], [])
     assert "commits_lost" in actions(caplog)
+
+
+@pytest.mark.parametrize(
+    ("lost", "new"),
+    [
+        (
+            "01a21ee1-b1c1-7cb4-a7e3-5f6809f9d7fe",
+            "01a21ee1-b1c2-7647-926e-6cca8e2fc57d",
+        ),  # version 7, one time
+        (
+            "c4b1e0f6-caf1-11f0-8000-02fc00000001",
+            "d17ac7b4-caf1-11f0-8000-02fc00000001",
+        ),  # version 1, one host
+    ],
+)
+def test_ids_that_are_alike_at_one_end_are_told_apart(box, lose_commits, lost, new):
+    with lose_commits():
+        box.add("lost", event_id=lost)
+        box.relay().drain()
+    box.add("new", event_id=new)
+    box.relay().drain()
+    assert (box.lane(), box.waiting()) == (["lost", "new"], [])
+
+
+def test_what_a_relay_of_before_has_left_is_known_by_the_start_of_its_id(box):
+    event_id = box.add("a")
+    relay = box.relay()
+    lose_commit(relay)
+    with pytest.raises(Lost):
+        relay.run_once()
+    ((name, ids),) = [(name, ids) for name, ids in box.state().items() if name.startswith(b"ids:")]
+    row, _ = ids.decode().split(":")
+    box.redis.hset(box.redis.keys("outbox:*")[0], name, f"{row}:{event_id[:8]}")
+    box.relay().drain()
+    assert (box.lane(), box.waiting()) == (["a"], [])
 
 
 def test_a_number_that_is_used_again_one_batch_ahead(box, lose_commits):

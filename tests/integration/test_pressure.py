@@ -111,6 +111,14 @@ def test_of_a_redis_that_fills_up_backfill_waits_and_goes_on_by_itself(box, maxm
     assert box.lane("s:backfill") == ["bulk"]
 
 
+def test_run_once_leaves_what_would_fill_redis_and_ends(box, maxmemory):
+    maxmemory(85)
+    box.add("bulk", priority=Priority.BULK)
+    box.add("payment")
+    assert box.relay().drain() == 1
+    assert (box.lane(), box.waiting()) == (["payment"], ["bulk"])
+
+
 def test_with_a_nearly_full_redis_everything_waits_and_no_attempt_is_spent(box, maxmemory):
     maxmemory(95)
     relay = relay_under_pressure(box)

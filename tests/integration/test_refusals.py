@@ -1,7 +1,9 @@
 """What Redis refuses of an event, and what stands for the server as a whole."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import pytest
 
@@ -88,6 +90,23 @@ def test_the_order_of_a_key_survives_its_retry(box):
     box.redis.delete("s")
     relay.drain()
     assert box.lane() == ["0", "1", "2", "3"]
+
+
+def test_a_dead_letter_that_is_retried_comes_before_the_later_events_of_its_key(box):
+    """It has a new row, and its old time: what counts is where the claim finds it."""
+    box.redis.set("s", "no stream")
+    first = box.add("first", key="k")
+    relay = box.relay(max_attempts=1)
+    relay.run_once()
+    box.add("second", key="k")
+    relay._settings = replace(relay._settings, max_attempts=10)
+    relay.run_once()
+    relay._store.dead_retry([UUID(first)])
+    for _ in range(3):
+        relay.run_once()  # both are refused
+    box.redis.delete("s")
+    relay.drain()
+    assert box.lane() == ["first", "second"]
 
 
 def test_after_its_last_attempt_an_event_is_a_dead_letter_and_its_key_goes_on(box):

@@ -40,7 +40,7 @@ def test_a_journal_says_again_what_was_encoded(events, rule):
     batch = encode("shop", events, rule.lane)
     again, decoded = decode(batch.body)
     assert again == batch
-    assert again.ids.split() == [f"{event.id}:{event.event_id[:8]}" for event in events]
+    assert again.ids.split() == [f"{event.id}:{event.event_id[:8]}{event.event_id[-8:]}" for event in events]
     for event, found in zip(events, decoded, strict=True):
         assert found.stream == rule.lane(event.stream, event.priority)
         assert json.loads(found.headers or "{}") == json.loads(event.headers or "{}")

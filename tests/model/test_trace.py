@@ -81,7 +81,9 @@ def refusing(postgres: Server, redis_server: Server, tmp_path_factory) -> Refusi
 
 def rows(harness: Harness, where: str) -> set[str]:
     """Return how the ids of these events begin, which is what a trace has of them."""
-    return {event_id[:8] for (event_id,) in harness.sql(f"SELECT event_id::text FROM {where}")}
+    return {
+        event_id[:8] + event_id[-8:] for (event_id,) in harness.sql(f"SELECT event_id::text FROM {where}")
+    }
 
 
 def text(path: Path) -> str:

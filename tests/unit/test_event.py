@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from itertools import count, repeat
+from time import time_ns
 from typing import Any
 from unittest.mock import MagicMock
-from uuid import UUID
+from uuid import RFC_4122, UUID
 
 import pytest
 
@@ -93,6 +94,15 @@ def test_bad_payloads(value, fault):
     with pytest.raises(InvalidEvent, match=re.escape(fault)) as caught:
         encode(Named("k", value))
     str(caught.value).encode()  # can be printed and logged
+
+
+def test_an_id_tells_its_time_and_is_random_at_its_end() -> None:
+    before = time_ns() // 1_000_000
+    ids = [encode(Named("k")).event_id for _ in range(1000)]
+    after = time_ns() // 1_000_000
+    assert {(id_.version, id_.variant) for id_ in ids} == {(7, RFC_4122)}
+    assert all(before <= id_.int >> 80 <= after for id_ in ids)
+    assert len({str(id_)[-8:] for id_ in ids}) > 990
 
 
 def test_as_deep_as_allowed():
