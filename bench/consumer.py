@@ -51,6 +51,7 @@ from common import (
     run_command,
     started,
     ticking,
+    turns,
 )
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
@@ -222,10 +223,9 @@ def compare(bench: ConsumerBench, events: int, runs: int, with_inbox: bool) -> d
     found: dict[str, list[Run]] = {who: [] for who in WORKERS}
     for who in WORKERS:  # the first run of a fresh server is slower
         bench.run(who, 1000, with_inbox)
-    for number in range(1, runs + 1):
-        for who, done in found.items():
-            done.append(bench.run(who, events, with_inbox))
-            console.print(f"  {number}/{runs} {line(done[-1])}")
+    for number, who in turns(found, runs):
+        found[who].append(bench.run(who, events, with_inbox))
+        console.print(f"  {number}/{runs} {line(found[who][-1])}")
     return report(what, found, "consumer", "loop", at_least=GOALS[with_inbox])
 
 

@@ -36,6 +36,7 @@ from common import (
     run_command,
     started,
     ticking,
+    turns,
 )
 
 
@@ -61,16 +62,20 @@ def latency(bench: BacklogBench, runs: int, seconds: float, per_second: float) -
     )
     idle: list[Waits] = []
     busy: list[Waits] = []
-    best: list[float] = []
-    for number in range(1, runs + 1):
-        idle.append(_waits(bench, Backlog(0), count, per_second))
-        console.print(f"  {number}/{runs} idle {idle[-1]}")
-        best.append(bench.run("relay", Backlog(200_000, priorities=(BULK,))).rate)
-        enough = int(1.6 * max(best) * (seconds + 3))
-        busy.append(_waits(bench, Backlog(enough, priorities=(BULK,)), count, per_second))
-        console.print(f"  {number}/{runs} busy {busy[-1]}, {best[-1]:,.0f} when alone")
+    alone: list[float] = []  # the backlog's rate
+
+    def run(who: str) -> str:
+        if who == "alone":
+            alone.append(bench.run("relay", Backlog(200_000, priorities=(BULK,))).rate)
+            return f"{alone[-1]:>8,.0f} others/s"
+        waits, enough = (idle, 0) if who == "idle" else (busy, int(1.6 * max(alone) * (seconds + 3)))
+        waits.append(_waits(bench, Backlog(enough, priorities=(BULK,)), count, per_second))
+        return str(waits[-1])
+
+    for number, who in turns(("idle", "alone", "busy"), runs):  # in this order at first: busy needs a rate
+        console.print(f"  {number}/{runs} {who:<5} {run(who)}")
     beside = [one.p99 / other.p99 for one, other in zip(busy, idle, strict=True)]
-    kept = [one.rate / rate for one, rate in zip(busy, best, strict=True)]
+    kept = [one.rate / rate for one, rate in zip(busy, alone, strict=True)]
     return {
         "what": "commit to stream",
         "events": count,
@@ -85,7 +90,7 @@ def latency(bench: BacklogBench, runs: int, seconds: float, per_second: float) -
         ],
         "idle": [one._asdict() for one in idle],
         "busy": [one._asdict() for one in busy],
-        "alone": best,
+        "alone": alone,
     }
 
 
