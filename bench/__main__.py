@@ -38,18 +38,19 @@ BENCHMARKS = {
 }
 
 
-def run(name: str, full: bool) -> Path | None:
-    """Run a benchmark; return the file of its results, None when it failed."""
+def run(name: str, full: bool) -> list[Path]:
+    """Run a benchmark; return the file of its results, none when it failed."""
     console.rule(name)
     before = set(RESULTS.glob(f"{name}-*.json"))
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--save", *BENCHMARKS[name][full]]
     subprocess.run(command, check=False)
-    return max(set(RESULTS.glob(f"{name}-*.json")) - before, default=None)
+    return list(set(RESULTS.glob(f"{name}-*.json")) - before)
 
 
-def newest_kept(name: str) -> Path | None:
-    """Return the newest file of a benchmark; their names have the date."""
-    return max(RESULTS.glob(f"{name}-*.json"), default=None)
+def newest_kept(name: str) -> list[Path]:
+    """Return the newest file of each kind that is kept of a benchmark: relay-<date>, relay_1000000-<date>."""
+    newest = {path.name.split("-")[0]: path for path in sorted(RESULTS.glob(f"{name}[-_]*.json"))}
+    return list(newest.values())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -67,11 +68,10 @@ def main() -> int:
     options = parser.parse_args()
     failed, goals = [], list[Goal]()
     for name in options.only:
-        path = newest_kept(name) if options.kept else run(name, options.full)
-        if path is None:
+        paths = newest_kept(name) if options.kept else run(name, options.full)
+        if not paths:
             failed.append(name)
-            continue
-        results = read(path)
+        results = [result for path in paths for result in read(path)]
         goals += [row for result in results for row in result["goals"]]
         for chart in (chart for result in results for chart in result.get("charts", ()) if options.kept):
             show(chart)

@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import make_url
 
+import outbox
 from outbox import migrate, testing
 from outbox.relay import Relay
 from outbox.settings import Settings
@@ -391,7 +393,7 @@ def _row(runs: Sequence[Run]) -> list[str]:
 
 
 def about(bench: Bench) -> dict[str, Any]:
-    """Show and return the versions, the machine and the date."""
+    """Show and return the versions, the machine, the commit and the date."""
     info = bench.redis.info("server")
     row = bench.database.execute(
         "SELECT current_setting('server_version'), current_setting('fsync'), "
@@ -403,6 +405,7 @@ def about(bench: Bench) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, "
         f"{platform.system()} {platform.machine()}",
+        "commit": _commit(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},
@@ -415,6 +418,20 @@ def about(bench: Bench) -> dict[str, Any]:
     }
     console.print(", ".join(f"{name} {fact}" for name, fact in _flat(facts)))
     return facts
+
+
+def _commit() -> str | None:
+    """Return the commit that is measured, with "-dirty" where code is not committed; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(outbox.__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/outbox", ":/bench/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
