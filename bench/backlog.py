@@ -22,6 +22,7 @@ import hiredis
 import psycopg
 import redis
 from common import (
+    NEW_ID,
     SOURCE,
     STREAM,
     Bench,
@@ -62,22 +63,14 @@ class Backlog:
         return [stream + suffix for stream in streams for suffix in ("", ":backfill")]
 
 
-# 10,007 keys, priorities at random, payloads of JSON that does not compress to nothing; the ids as `publish` makes
-# them: a random UUID, with the time in place of its first 48 bits.
-FILL = """
+# 10,007 keys, priorities at random, payloads of JSON that does not compress to nothing.
+FILL = f"""
 INSERT INTO outbox (event_id, stream, type, key, priority, payload)
-SELECT overlay(
-           gen_random_uuid()::text PLACING left(milliseconds, 8) || '-' || right(milliseconds, 4) || '-7' FROM 1
-       )::uuid,
-       %(stream)s || CASE WHEN %(streams)s = 1 THEN '' ELSE ':' || n %% %(streams)s END,
+SELECT {NEW_ID}, %(stream)s || CASE WHEN %(streams)s = 1 THEN '' ELSE ':' || n %% %(streams)s END,
        'CustomerRegistered', 'customer-' || n %% 10007,
        (%(priorities)s::int[])[1 + (hashint8(n) & 65535) %% cardinality(%(priorities)s::int[])],
-       (head || left(repeat(md5(n::text), 1 + %(payload)s / 32), %(payload)s - length(head) - 2) || '"}')::json
-FROM (
-    SELECT n, '{"n": ' || n || ', "text": "' AS head,
-           lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0') AS milliseconds
-    FROM generate_series(1, %(events)s) AS n
-) AS made
+       (head || left(repeat(md5(n::text), 1 + %(payload)s / 32), %(payload)s - length(head) - 2) || '"}}')::json
+FROM (SELECT n, '{{"n": ' || n || ', "text": "' AS head FROM generate_series(1, %(events)s) AS n) AS made
 """
 
 # The batch size is written into the statement, so that it is planned for it.

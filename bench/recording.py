@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from common import (
+    NEW_ID,
     SCHEMA,
     STREAM,
     Bench,
@@ -68,9 +69,9 @@ BULK = 1000  # events in one transaction
 TEXT = "0123456789abcdef" * 16  # so that a payload has some 300 bytes
 
 # What keeps the relay busy, below the writers' events in priority: those are published at once.
-BACKLOG = """
-INSERT INTO outbox (stream, type, key, priority, payload)
-SELECT %(stream)s, 'CustomerRegistered', 'customer-' || n %% 10007, -100,
+BACKLOG = f"""
+INSERT INTO outbox (event_id, stream, type, key, priority, payload)
+SELECT {NEW_ID}, %(stream)s, 'CustomerRegistered', 'customer-' || n %% 10007, -100,
        json_build_object('n', n, 'text', %(text)s::text)
 FROM generate_series(1, %(events)s) AS n
 """
