@@ -135,14 +135,13 @@ def turns(contenders: Iterable[X], runs: int) -> Iterator[tuple[int, X]]:
 
 
 def obey(pipe: Connection, drain: Callable[[], int]) -> None:
-    """Say that all is ready, drain on the word, report, and stay until the server has been looked at."""
+    """Say that all is ready, drain and report at each "go", and stay until the server has been looked at."""
     pipe.send("ready")
-    pipe.recv()
-    started, cpu = time.perf_counter(), time.process_time()
-    events = drain()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    pipe.send(Work(events, seconds, cpu, _peak_bytes()))
-    pipe.recv()
+    while pipe.recv() == "go":
+        started, cpu = time.perf_counter(), time.process_time()
+        events = drain()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        pipe.send(Work(events, seconds, cpu, _peak_bytes()))
 
 
 def _peak_bytes() -> int:

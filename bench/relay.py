@@ -98,8 +98,8 @@ def _in_turn(
     found: dict[str, list[Run]] = {who: [] for who in contenders}
     for number, who in turns(contenders, runs):
         name, _, held = who.partition(", ")
-        with _snapshot(bench.servers) if held else contextlib.nullcontext():
-            found[who].append(replace(bench.run(name, backlog), who=who))
+        beside = _snapshot(bench.servers) if held else None
+        found[who].append(replace(bench.run(name, backlog, beside=beside), who=who))
         console.print(f"  {number}/{runs} {line(found[who][-1])}")
     return found
 
