@@ -49,6 +49,7 @@ from common import (
 from plots import Chart, chart, show
 
 PAYLOADS = (100, 300, 1_000, 3_000, 10_000, 50_000, 262_144)
+AT_ONCE = (300, 10_000)  # those of them that are also relayed with no checkpoint since they were recorded
 PAYLOAD_TOTAL = 100_000_000  # bytes of a run, at most
 STREAMS = (1, 10, 100, 1000)
 RELAYS = (1, 2, 4)
@@ -84,13 +85,23 @@ def backlogs(bench: BacklogBench, sizes: Sequence[int], runs: int) -> dict[str, 
 def payloads(bench: BacklogBench, runs: int) -> dict[str, Any]:
     """Drain backlogs of about the same bytes, in payloads of different sizes."""
     recorded: dict[int, list[float]] = {size: [] for size in PAYLOADS}
+    backlog_of = {size: Backlog(min(30_000, PAYLOAD_TOTAL // size), payload=size) for size in PAYLOADS}
 
     def run(size: int) -> Run:
-        done = bench.run("relay", Backlog(min(30_000, PAYLOAD_TOTAL // size), payload=size))
+        done = bench.run("relay", backlog_of[size])
         recorded[size].append(bench.recorded_wal_bytes)
         return done
 
+    def run_at_once(size: int) -> Run:
+        bench.empty()
+        with bench.warm("relay") as drain:
+            bench.database.execute("CHECKPOINT")
+            bench.record(backlog_of[size])
+            return drain(backlog_of[size])
+
     found = _in_turn(PAYLOADS, runs, run)
+    console.print("with no checkpoint between recording and relaying")
+    at_once = _in_turn(AT_ONCE, runs, run_at_once)
     x = "bytes of payload"
     rate = chart("payload-rate", "rate against payload", x, "events/s", relay=_rates(found))
     megabytes = {size: [rate * size / 1e6 for rate in rates] for size, rates in _rates(found).items()}
@@ -105,9 +116,14 @@ def payloads(bench: BacklogBench, runs: int) -> dict[str, Any]:
         memory_of_Redis=_shares({size: [run.redis_bytes for run in runs] for size, runs in found.items()}),
     )
     usual = [
-        goal("log of recording an event of 300 bytes, bytes", recorded[300]),
-        goal("log of relaying it, bytes", [run.wal_bytes for run in found[300]]),
-        goal("memory of Redis for it, bytes", [run.redis_bytes for run in found[300]]),
+        row
+        for size in AT_ONCE
+        for row in (
+            goal(f"log of recording an event of {size:,} bytes, bytes", recorded[size]),
+            goal("log of relaying it, a checkpoint between, bytes", [run.wal_bytes for run in found[size]]),
+            goal("log of relaying it, none between, bytes", [run.wal_bytes for run in at_once[size]]),
+            goal("memory of Redis for it, bytes", [run.redis_bytes for run in found[size]]),
+        )
     ]
     return _result("rate and bytes against payload", found, usual, rate, volume, cost)
 
