@@ -240,6 +240,7 @@ class Relay:
             self._store.rollback()
             return None
         if not claim.events:
+            self._reached = None  # a backlog ends here, if its last batch was full
             if self._listener and self._empty_steps > 0 and not lead.asleep:
                 self._store.say_asleep()
             self._store.commit()

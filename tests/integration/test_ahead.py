@@ -338,6 +338,15 @@ def test_batches_are_small_while_urgent_events_keep_coming_and_grow_with_the_cal
     assert sizes(box)[6] == 20
 
 
+def test_what_comes_after_the_end_of_a_backlog_is_not_urgent(box, paced):
+    """Its last batch may have been full by chance."""
+    for priority, most in ((-100, 30), (100, 20)):
+        for n in range(most):
+            box.add(str(n), priority=priority)
+        assert (paced.run_once(), paced.run_once()) == (most, 0)
+    assert paced._urgent_at == float("-inf")
+
+
 def test_urgent_events_are_noticed_without_claims_ahead(box, paced):
     for n in range(80):
         box.add(str(n), priority=-100)
