@@ -537,8 +537,9 @@ def terminator(authority: Authority, port: int, *, postgres: bool = False) -> It
         writer.close()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
 
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
