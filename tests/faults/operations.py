@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import psycopg
@@ -20,7 +21,8 @@ from tests.faults.trial import Trial
 from tests.pgbouncer import PGBOUNCER, pgbouncer
 
 RETENTION_SECONDS = 2
-HOUR_SECONDS = 3600.0
+EVENT = import_module("outbox.event")  # `outbox.event` is the decorator
+HOUR_SECONDS = 3600
 OPEN_SECONDS = 12  # longer than a migration waits for a lock
 HELD_UP_SECONDS = 8  # the lock_timeout of a migration, and time to take a breath
 NEXT = """
@@ -56,13 +58,18 @@ def clocks_apart(trial: Trial) -> None:
 
 @contextmanager
 def ahead_in_one_thread() -> Iterator[None]:
-    """Let the clock of the service's second thread be an hour ahead."""
-    real = time.time
-    time.time = lambda: real() + HOUR_SECONDS * (threading.current_thread().name == "writer 1")
+    """Let the clock of the service's second thread be an hour ahead: the one its ids are made by, and its own."""
+    real, real_ns = time.time, time.time_ns
+
+    def ahead_seconds() -> int:
+        return HOUR_SECONDS * (threading.current_thread().name == "writer 1")
+
+    time.time = lambda: real() + ahead_seconds()
+    EVENT.time_ns = lambda: real_ns() + ahead_seconds() * 10**9
     try:
         yield
     finally:
-        time.time = real
+        time.time, EVENT.time_ns = real, real_ns
 
 
 def migrated(trial: Trial) -> None:

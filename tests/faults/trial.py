@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
     times: int
     findings: Findings
-    passed_over: int | None  # violations of priority; None where there is no journal
+    passed_over: int | None  # violations of priority; None where there is no journal, or not the whole of it
     recoveries: list[float]  # seconds
     stuck: int
     complaints: list[str]
