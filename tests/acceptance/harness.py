@@ -123,7 +123,7 @@ def _reversals(lane: list[Entry]) -> int:
     """Count the entries that come after a later one of their key and priority; a repetition is none."""
     last: dict[tuple[str, int], int] = {}
     found = 0
-    for entry in lane:
+    for entry in dict.fromkeys(lane):
         place = (entry.key, entry.priority)
         found += entry.n < last.get(place, 0)
         last[place] = max(entry.n, last.get(place, 0))

@@ -37,6 +37,7 @@ def test_the_oracle_sees_each_kind_of_fault():
     assert compare(["e1"], [lane("e1"), lane("e1")]).repeated == 1
     assert compare([], [lane("e1")]).phantom == 1
     assert compare(["e1", "e2"], [lane("e2", "e1")]).out_of_order == 1
+    assert compare(["e1", "e2"], [lane("e1", "e2", "e1")]).faults() == (0, 1, 0, 0)
     assert compare(["e1"], [[]], ["e1"]).lost == 0
 
 
