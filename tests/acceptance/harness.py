@@ -159,6 +159,8 @@ class RelayProcess:
     """A relay as a process of its own; what it logs is in `log`."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self.died = False  # by itself, with nobody waiting for it
+        self._is_over = False
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         self.process = subprocess.Popen(
             [sys.executable, *arguments], env=os.environ | environment, stderr=self._log
@@ -177,6 +179,9 @@ class RelayProcess:
         self._log.close()
 
     def kill(self) -> None:
+        """Kill the process by signal 9, and note when it had died before."""
+        self.died = self.died or not (self._is_over or self.process.poll() is None)
+        self._is_over = True
         self.process.kill()
         self.process.wait()
 
@@ -202,6 +207,7 @@ class RelayProcess:
 
     def wait_for_death(self) -> int:
         """Block until the process has ended by itself; return its status (-9: killed by signal 9)."""
+        self._is_over = True
         try:
             return self.process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -222,7 +228,9 @@ class Harness:
     ) -> None:
         self.naive = naive
         self.redis = redis_client.Redis.from_url(redis_url)
+        self.processes: list[RelayProcess] = []  # all that were ever started
         self.failed_commits: list[str] = []
+        self.ended_writers: list[str] = []  # and why
         self.stamps = False  # the service sets the time of its events by its own clock
         self._relays_see = relays_see or (database_url, redis_url)
         self._dsn = database_url.replace("+psycopg", "")
@@ -276,6 +284,9 @@ class Harness:
             except DBAPIError as error:
                 self.failed_commits.append(str(error))
                 stop.wait(0.05)
+            except Exception as error:
+                self.ended_writers.append(repr(error))
+                raise
 
     def _move_all(self, accounts: list[int], priorities: list[int], roll_back: bool = False) -> None:
         """Move accounts in one transaction; what commits is in the table of movements too."""
@@ -315,10 +326,15 @@ class Harness:
             "OUTBOX_BATCH_SIZE": "50",
         } | {f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
         if self.naive:
-            return RelayProcess([str(HERE / "naive.py"), *([die_at, by] if die_at else [])], environment)
+            return self.launch([str(HERE / "naive.py"), *([die_at, by] if die_at else [])], environment)
         if die_at:
-            return RelayProcess([str(HERE / "die_at.py"), die_at, by], environment)
-        return RelayProcess(["-m", "outbox.cli", "run"], environment)
+            return self.launch([str(HERE / "die_at.py"), die_at, by], environment)
+        return self.launch(["-m", "outbox.cli", "run"], environment)
+
+    def launch(self, arguments: list[str], environment: dict[str, str]) -> RelayProcess:
+        """Start a process, and remember it."""
+        self.processes.append(RelayProcess(arguments, environment))
+        return self.processes[-1]
 
     def entries(self) -> int:
         """Return the number of entries in both lanes."""

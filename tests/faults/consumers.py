@@ -42,7 +42,9 @@ def killed_at_points(trial: ConsumerTrial) -> None:
         for n in trial.rounds():
             trial.wait_until_holding("c0", 5)
             trial.end("c0")
-            trial.start("c0", CONTROL_POINT if trial.control else REACHED[n % len(REACHED)]).wait_for_death()
+            point = CONTROL_POINT if trial.control else REACHED[n % len(REACHED)]
+            status = trial.start("c0", point).wait_for_death()
+            trial.complain_unless(status == -9, f"{point}: a consumer ended with {status}")
             trial.end("c0")
             trial.start("c0")
             trial.is_relieved("c0")

@@ -50,7 +50,7 @@ class ConsumerTrial(Trial):
         database_url, redis_url = self._relays_see
         told = {"name": name, "control": self.control, "die_at": die_at, "by": by, "concurrency": concurrency}
         environment = {DATABASE_URL: database_url, REDIS_URL: redis_url, TOLD: json.dumps(told)}
-        self.consumers[name] = RelayProcess(["-m", "tests.faults.applier"], environment)
+        self.consumers[name] = self.launch(["-m", "tests.faults.applier"], environment)
         return self.consumers[name]
 
     def end(self, name: str) -> None:

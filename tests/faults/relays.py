@@ -29,7 +29,8 @@ def killed_at_points(trial: Trial) -> None:
             for die_at in [*first, point]:
                 die_at = "after publish" if trial.naive else die_at
                 with trial.relay(die_at=die_at, journal_retention_seconds=0.1) as relay:
-                    relay.wait_for_death()
+                    status = relay.wait_for_death()
+                    trial.complain_unless(status == -9, f"{die_at}: a relay ended with {status}")
             trial.replace(trial.relays[0])
             trial.recovers()
 

@@ -56,7 +56,9 @@ class Scenario:
         ) as trial:
             watch(trial)
             self.inflict(trial)
-            return trial.judge(self.commits_may_fail, self.journal_is_whole)
+            outcome = trial.judge(self.commits_may_fail, self.journal_is_whole)
+            trial.complain_of_deaths()
+            return outcome
 
     def verdict(self, outcome: Outcome) -> str:
         """Say what the product did wrong; nothing if it kept the promise."""

@@ -164,7 +164,7 @@ class Soak(Trial):
             "inbox_margin_seconds": 1.5 * self.retention_seconds,
         }
         where = "tests.faults.soaked:consumer"
-        return RelayProcess(["-m", "outbox.cli", "consume", where], {"SOAK": json.dumps(told)})
+        return self.launch(["-m", "outbox.cli", "consume", where], {"SOAK": json.dumps(told)})
 
     def replace_consumer(self) -> None:
         """Kill the second consumer; every other time its successor has a new name."""
@@ -220,6 +220,7 @@ class Soak(Trial):
                 self.complain_unless(status == 0, f"a consumer ended with {status}")
         for action in WORSE & self.said.keys():
             self.complain_unless(False, f"in the logs: {action}")
+        self.complain_of_deaths()
         return outcome, Effects(*self.sql(EFFECTS)[0])
 
     def _go_on(self, seconds: float, effects: int) -> None:

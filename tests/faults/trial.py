@@ -178,6 +178,12 @@ class Trial(Harness):
         if not right and complaint not in self.complaints:
             self.complaints.append(complaint)
 
+    def complain_of_deaths(self) -> None:
+        """Complain of processes that have died by themselves, and of writers that have ended before their time."""
+        died = [process.died for process in self.processes]
+        self.complain_unless(not any(died), f"died by themselves: {sum(died)}")
+        self.complain_unless(not self.ended_writers, f"writers have ended: {self.ended_writers[:1]}")
+
     def judge(self, commits_may_fail: bool, journal_is_whole: bool) -> Outcome:
         """Let what is left be published, and return what the trial has shown."""
         self.complain_unless(commits_may_fail or not self.failed_commits, "commits of the service failed")
