@@ -80,7 +80,7 @@ def refusing(postgres: Server, redis_server: Server, tmp_path_factory) -> Refusi
 
 
 def rows(harness: Harness, where: str) -> set[str]:
-    """Return how the ids of these events begin, which is what a trace has of them."""
+    """Return what a trace has of the ids of these events: their first and last eight digits."""
     return {
         event_id[:8] + event_id[-8:] for (event_id,) in harness.sql(f"SELECT event_id::text FROM {where}")
     }
@@ -161,9 +161,9 @@ def commit_though_replaced(lines: Lines) -> None:
 
 def test_the_trace_of_relays_whose_events_were_refused_is_accepted(refusing):
     ((back, dead),) = ends(refusing.lines)
-    assert starts(back) <= refusing.waiting
-    assert starts(mark for mark, attempts in back.items() if attempts) == refusing.refused
-    assert starts(dead) == refusing.dead
+    assert ids_of(back) <= refusing.waiting
+    assert ids_of(mark for mark, attempts in back.items() if attempts) == refusing.refused
+    assert ids_of(dead) == refusing.dead
     print(f"{len(refusing.lines)} lines, {len(back)} events put back, {len(dead)} dead letters")
 
 
@@ -171,7 +171,7 @@ def test_an_event_that_nobody_has_any_more_is_missed_in_the_end(refusing):
     lines = copy(refusing.lines)
     lost = lose_an_event(lines)
     try:
-        missed = all(starts([lost]) == starts(back) - refusing.waiting for back, _ in ends(lines))
+        missed = all(ids_of([lost]) == ids_of(back) - refusing.waiting for back, _ in ends(lines))
     except Refused:  # at once, where the relay that was killed had noted the answer
         missed = True
     assert missed
@@ -200,7 +200,8 @@ def ends(lines: Lines) -> set[tuple[Map, frozenset[str]]]:
     return acceptor.ends()
 
 
-def starts(marks: Iterable[str]) -> set[str]:
+def ids_of(marks: Iterable[str]) -> set[str]:
+    """Return what marks have of ids, without their rows."""
     return {mark.partition(":")[2] for mark in marks}
 
 

@@ -170,7 +170,7 @@ class Acceptor:
             kept = {}
         elif line["kind"] == "Ahead" and not mine.happened and line["told"][0] in stood:
             told = line["told"][1].items()
-            kept = {int(n): tuple(f"{row}:{start}" for row, start in ids) for n, ids in told}
+            kept = {int(n): tuple(f"{row}:{digits}" for row, digits in ids) for n, ids in told}
         if kept is None:
             self._why = self._why or f"{relay} is told {line['kind']}, and Redis stands at {way.redis.batch}"
             return
