@@ -161,6 +161,7 @@ class RelayProcess:
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.died = False  # by itself, with nobody waiting for it
         self._is_over = False
+        self._said = ""
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         self.process = subprocess.Popen(
             [sys.executable, *arguments], env=os.environ | environment, stderr=self._log
@@ -168,14 +169,17 @@ class RelayProcess:
 
     @property
     def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        if not self._log.closed:
+            self._log.seek(0)
+            self._said = self._log.read()
+        return self._said
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+        self._said = self.log
         self._log.close()
 
     def kill(self) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import Consumer
+from outbox.report import start_logging
 from tests.acceptance.consumers import CLAIM_IDLE, die_at
 from tests.acceptance.harness import LANES, STREAM
 
@@ -35,6 +36,7 @@ Apply = Callable[[Session, str], None]
 
 def main() -> None:
     told = json.loads(os.environ[TOLD])
+    start_logging("info", "text")
     passes = die_at(told["die_at"], told["by"])
 
     def apply(session: Session, event_id: str) -> None:

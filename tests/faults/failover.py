@@ -229,5 +229,6 @@ SCENARIOS = (
         what="a PostgreSQL standby that lags is promoted",
         inflict=postgres_loses_commits, short=1, long=10, control="repeated",
         between="everybody", commits_may_fail=True, journal_is_whole=False, forgets=True, within=10,
+        may_say={"commits_lost"},
     ),
 )  # fmt: skip

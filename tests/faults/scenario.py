@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ class Scenario:
 
     The product must do nothing wrong, and go on `within` so many seconds; the naive relay, or consumer, must do wrong
     what `control` says. Where it cannot, `control` is empty and `why` says why. `forgets`: PostgreSQL itself loses
-    commits, whose events are in Redis all the same. `kind` is the trial that it takes. `missing` says what this
+    commits, whose events are in Redis all the same. `may_say` are the actions in the logs, of those that none may say,
+    that the fault means to cause. `kind` is the trial that it takes. `missing` says what this
     machine lacks.
     `fails` says why the product is expected to fail. `control_times` is set where a short run is too short to hit a
     narrow gap of the control.
@@ -38,6 +39,7 @@ class Scenario:
     commits_may_fail: bool = False
     journal_is_whole: bool = True
     forgets: bool = False
+    may_say: Set[str] = frozenset()
     missing: str = ""
     fails: str = ""
     control_times: int = 0
@@ -57,7 +59,7 @@ class Scenario:
             watch(trial)
             self.inflict(trial)
             outcome = trial.judge(self.commits_may_fail, self.journal_is_whole)
-            trial.complain_of_deaths()
+            trial.complain_of_processes(self.may_say)
             return outcome
 
     def verdict(self, outcome: Outcome) -> str:

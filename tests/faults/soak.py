@@ -14,11 +14,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -63,12 +62,7 @@ GRACE_SECONDS = 5.0
 BEHIND_SECONDS = 10.0  # that the service makes up for after an outage, and that consumers may be behind
 NEARLY = 0.9  # of the rate must be reached
 LAST_SECONDS = 600  # for what is left in the end
-LONGEST_SAID = 5000  # characters of it and its traceback
 OUTAGES = (psycopg.Error, redis_client.RedisError, OSError)
-WORSE = {
-    "batch_damaged", "batches_lost", "bury_failed", "commits_lost", "consumer_bug", "entry_lost", "event_dead",
-    "streams_lost",
-}  # fmt: skip
 EFFECTS = """
 SELECT (SELECT count(*) FROM (SELECT event_id FROM movement EXCEPT SELECT event_id FROM effect) AS lost),
     (SELECT count(*) - count(DISTINCT event_id) FROM effect)
@@ -104,7 +98,6 @@ class Soak(Trial):
         self.consumers: list[RelayProcess] = []
         self.series: list[Series] = []
         self.inflicted: dict[str, list[float]] = defaultdict(list)  # by fault: seconds to recover
-        self.said: Counter[str] = Counter()  # actions in the logs, from warnings on
         self.refused_commits = 0  # while PostgreSQL was down
         self.left = 0  # entries in the lanes, in the end
         self._excused_until = 0.0
@@ -152,7 +145,7 @@ class Soak(Trial):
             yield
         finally:
             for consumer in self.consumers:
-                self._end(consumer)
+                consumer.__exit__()
 
     def _consumer(self, name: str) -> RelayProcess:
         database_url, redis_url = self._relays_see
@@ -168,34 +161,9 @@ class Soak(Trial):
 
     def replace_consumer(self) -> None:
         """Kill the second consumer; every other time its successor has a new name."""
-        self._end(self.consumers[1])
+        self.consumers[1].__exit__()
         number = next(self._numbers)
         self.consumers[1] = self._consumer(f"new-{number}" if number % 2 else "other")
-
-    def replace(self, relay: RelayProcess, **arguments: str) -> RelayProcess:
-        """Kill a relay, and start another in its place."""
-        relay.kill()
-        self._read_log(relay)
-        return super().replace(relay, **arguments)
-
-    def _end_relays(self) -> None:
-        for relay in self.relays:
-            self._end(relay)
-        self.relays = []
-
-    def _end(self, process: RelayProcess) -> None:
-        process.kill()
-        self._read_log(process)
-        process.__exit__()
-
-    def _read_log(self, process: RelayProcess) -> None:
-        """Count what a process has said; of what none may say, show the first, with its traceback."""
-        log = process.log
-        said = Counter(re.findall(r"^\S+ (?:WARNING|ERROR) (\w+)", log, re.MULTILINE))
-        for action in WORSE & said.keys() - self.said.keys():
-            start = log.index(action)
-            print(f"in a log: {log[start : start + LONGEST_SAID]}", file=sys.stderr)
-        self.said += said
 
     # -- the run ------------------------------------------------------------------------------------------
 
@@ -218,9 +186,7 @@ class Soak(Trial):
                 consumer.process.terminate()
                 status = consumer.wait_for_death()
                 self.complain_unless(status == 0, f"a consumer ended with {status}")
-        for action in WORSE & self.said.keys():
-            self.complain_unless(False, f"in the logs: {action}")
-        self.complain_of_deaths()
+        self.complain_of_processes()
         return outcome, Effects(*self.sql(EFFECTS)[0])
 
     def _go_on(self, seconds: float, effects: int) -> None:

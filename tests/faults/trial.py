@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,6 +21,11 @@ from tests.faults.proxy import Proxy
 
 START_SECONDS = 30
 LOG_END = 1000  # characters
+LONGEST_SAID = 5000  # characters of what none may say, and its traceback
+WORSE = {
+    "batch_damaged", "batches_lost", "bury_failed", "commits_lost", "consumer_bug", "entry_lost", "event_dead",
+    "housekeeper_bug", "state_damaged", "streams_lost",
+}  # fmt: skip
 Between = Literal["nobody", "relays", "everybody"]
 
 
@@ -80,6 +87,7 @@ class Trial(Harness):
         self.recoveries: list[float] = []
         self.stuck = 0
         self.complaints: list[str] = []
+        self.said: Counter[str] = Counter()  # actions in the logs, from warnings on
 
     # -- relays -----------------------------------------------------------------------------------------
 
@@ -178,11 +186,20 @@ class Trial(Harness):
         if not right and complaint not in self.complaints:
             self.complaints.append(complaint)
 
-    def complain_of_deaths(self) -> None:
-        """Complain of processes that have died by themselves, and of writers that have ended before their time."""
+    def complain_of_processes(self, may_say: Set[str] = frozenset()) -> None:
+        """Complain of processes that have died by themselves, of writers that have ended before their time, and of what
+        the logs say; of what none may say, show the first, with its traceback.
+        """
         died = [process.died for process in self.processes]
         self.complain_unless(not any(died), f"died by themselves: {sum(died)}")
         self.complain_unless(not self.ended_writers, f"writers have ended: {self.ended_writers[:1]}")
+        for log in (process.log for process in self.processes):
+            said = Counter(re.findall(r"^\S+ (?:WARNING|ERROR) (\w+)", log, re.MULTILINE))
+            for action in WORSE & said.keys() - may_say - self.said.keys():
+                self.complain_unless(False, f"in the logs: {action}")
+                start = log.index(action)
+                print(f"in a log: {log[start : start + LONGEST_SAID]}", file=sys.stderr)
+            self.said += said
 
     def judge(self, commits_may_fail: bool, journal_is_whole: bool) -> Outcome:
         """Let what is left be published, and return what the trial has shown."""
@@ -194,6 +211,7 @@ class Trial(Harness):
             findings = self.findings()
         if journal_is_whole and not self.naive:
             self.complain_unless(self.journal_is_right(), "the lanes are not what the journal holds")
+        self.complain_unless(not self.sql("SELECT FROM outbox_dead"), "dead letters")
         passed_over = None if self.naive else self.passed_over()
         return Outcome(self.done, findings, passed_over, self.recoveries, self.stuck, self.complaints)
 
