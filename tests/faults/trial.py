@@ -110,10 +110,10 @@ class Trial(Harness):
         return self.relays[place]
 
     def leader(self) -> RelayProcess:
-        """Return the relay that has led last; of the control's any, as all of them work at once."""
+        """Return the relay that has led last; of the control the first, as all of them work at once."""
         (name,) = self.sql("SELECT leader FROM outbox_relay")[0]
         ours = [relay for relay in self.relays if name and name.endswith(f":{relay.process.pid}")]
-        return ours[0] if ours else self.chance.choice(self.relays)
+        return (ours or self.relays)[0]
 
     def _end_relays(self) -> None:
         for relay in self.relays:
@@ -258,9 +258,11 @@ def open_trial(
         if between != "nobody":
             assert database.port is not None
             assert broker.port is not None
-            proxies = (Proxy(database.port, chance), Proxy(broker.port, chance))
-            for proxy in proxies:
-                stack.enter_context(proxy)
+            # Each with a chance of its own, as their threads draw from it as often as data comes.
+            proxies = tuple(
+                stack.enter_context(Proxy(port, random.Random(chance.random())))
+                for port in (database.port, broker.port)
+            )
         trial = kind(
             database, broker, naive=naive, times=times, within=within, chance=chance,
             between=proxies, whom=between,
