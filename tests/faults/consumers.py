@@ -37,17 +37,18 @@ def killed(trial: ConsumerTrial) -> None:
 
 
 def killed_at_points(trial: ConsumerTrial) -> None:
-    """It finds what the one before has left in hand, as no other claims it; a point is reached by that alone."""
+    """It finds what the one before has left in hand, and reaches a point by that; "in the claim" it is another one."""
     with trial.consuming(consumers=1):
         for n in trial.rounds():
             trial.wait_until_holding("c0", 5)
             trial.end("c0")
             point = CONTROL_POINT if trial.control else REACHED[n % len(REACHED)]
-            status = trial.start("c0", point).wait_for_death()
+            name = "other" if point == "in the claim" else "c0"
+            status = trial.start(name, point).wait_for_death()
             trial.complain_unless(status == -9, f"{point}: a consumer ended with {status}")
-            trial.end("c0")
+            trial.end(name)
             trial.start("c0")
-            trial.is_relieved("c0")
+            trial.is_relieved("c0", "other")
 
 
 def frozen(trial: ConsumerTrial) -> None:
