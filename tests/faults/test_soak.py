@@ -1,6 +1,7 @@
 """A soak of a few seconds, and that it catches what repeats and what leaks; `make soak` goes on for longer."""
 
 import os
+import random
 
 import pytest
 
@@ -36,8 +37,8 @@ def test_the_controls_are_caught():
     assert wrong["consumer: descriptors"] == wrong["consumer: memory"] == "grows"
 
 
-def series(*values: float, share: float = 0.05, more: float = 2) -> Series:
-    return Series("memory", "MB", lambda: 0, share, more, [*map(float, values)])
+def series(*values: float, share: float = 0.05, more: float = 2, creep: float = 2) -> Series:
+    return Series("memory", "MB", lambda: 0, share, more, creep, [*map(float, values)])
 
 
 def test_what_settles_within_the_first_third_is_flat():
@@ -55,6 +56,30 @@ def test_what_grows_by_more_than_the_margin_is_not_flat():
 
 def test_what_grows_steadily_from_nothing_is_not_flat_within_a_wide_margin():
     assert series(*range(90), share=0.25, more=2).wrong() == "grows"
+
+
+def memory_of_half_an_hour(growth: float) -> Series:
+    """What warms up, is noisy, has a spike now and then, and grows by so much in all."""
+    chance = random.Random(1)
+    warm = [75 + 5 * min(n / 60, 1) + growth * n / 360 + chance.gauss(0, 0.3) for n in range(360)]
+    return series(*(mb + 3 * (chance.random() < 0.05) for mb in warm), more=4)
+
+
+def test_what_is_noisy_and_has_spikes_is_flat():
+    assert memory_of_half_an_hour(growth=0).wrong() == ""
+    assert abs(memory_of_half_an_hour(growth=0).trend()) < 0.2
+
+
+def test_what_grows_by_a_little_each_time_creeps():
+    assert memory_of_half_an_hour(growth=3.6).wrong() == "creeps"
+    assert memory_of_half_an_hour(growth=3.6).trend() == pytest.approx(2.4, abs=0.2)
+
+
+def test_descriptors_that_are_kept_creep_and_those_that_come_and_go_do_not():
+    come_and_go = [10, 11, 19] * 60
+    assert series(*come_and_go, creep=0.5).wrong() == ""
+    assert series(*(n + place // 90 for place, n in enumerate(come_and_go)), creep=0.5).wrong() == ""
+    assert series(*(n + place // 45 for place, n in enumerate(come_and_go)), creep=0.5).wrong() == "creeps"
 
 
 def test_few_samples_say_nothing():
