@@ -7,8 +7,9 @@
     findings = harness.settle()
 
 The writers use the public API: a transaction updates an account's row, which makes the writers of one key take
-turns, and publishes what it did with the account's next number. Some transactions roll back on purpose. The same
-harness runs the product and the naive relay of `naive.py`, so that a zero of the one means something.
+turns, and publishes what it did with the account's next number. Some transactions roll back on purpose; and one
+more writer commits late what it wrote early, behind the place that the relay has come to since. The same harness runs
+the product and the naive relay of `naive.py`, so that a zero of the one means something.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -34,7 +36,7 @@ import psycopg
 import redis as redis_client
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import publish
 from outbox.priority import Priority
@@ -44,6 +46,8 @@ HERE = Path(__file__).parent
 STREAM = "account"
 LANES = (STREAM, f"{STREAM}:backfill")
 KEYS = 30
+SLOW = 0  # the account of the slow writer alone, so that the others need not wait for it
+SLOW_SECONDS = 1.5
 PATIENCE_SECONDS = 60
 # Of a writer, between transactions: what is started after a kill needs the machine as well.
 REST_SECONDS = 0.01
@@ -58,6 +62,7 @@ WHERE account.id = locked.id RETURNING account.id, account.n
 """)
 STAMP = text("UPDATE outbox SET created_at = to_timestamp(:now) WHERE event_id = ANY(CAST(:ids AS uuid[]))")
 NOTE = text("INSERT INTO movement SELECT unnest(CAST(:ids AS uuid[]))")
+Pause = Callable[[], object] | None
 now = time.time  # by the oracle's clock, whatever a fault does to the service's
 
 
@@ -244,7 +249,7 @@ class Harness:
         self._sessions = sessionmaker(self._engine)
         self._committed_at: dict[str, float] = {}
         self.sql("CREATE TABLE account (id text PRIMARY KEY, n bigint NOT NULL DEFAULT 0)")
-        self.sql("INSERT INTO account (id) SELECT 'a' || n FROM generate_series(1, %s) AS n", KEYS)
+        self.sql("INSERT INTO account (id) SELECT 'a' || n FROM generate_series(0, %s) AS n", KEYS)
         self.sql("CREATE TABLE movement (event_id uuid)")
 
     def __enter__(self) -> Self:
@@ -264,11 +269,13 @@ class Harness:
 
     @contextmanager
     def writing(self, writers: int = 3, seed: int = 0) -> Iterator[None]:
-        """Keep that many threads writing while the block runs."""
+        """Keep that many threads writing, and one more that is slow, while the block runs."""
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._write, args=(random.Random(seed + n), stop), name=f"writer {n}")
-            for n in range(writers)
+            threading.Thread(
+                target=self._write, args=(random.Random(seed + n), stop, n == writers), name=f"writer {n}"
+            )
+            for n in range(writers + 1)
         ]
         for thread in threads:
             thread.start()
@@ -279,12 +286,13 @@ class Harness:
             for thread in threads:
                 thread.join()
 
-    def _write(self, chance: random.Random, stop: threading.Event) -> None:
+    def _write(self, chance: random.Random, stop: threading.Event, slow: bool) -> None:
+        pause = partial(stop.wait, SLOW_SECONDS) if slow else None
         while not stop.wait(REST_SECONDS):
             accounts = sorted(chance.sample(range(1, KEYS + 1), chance.randint(1, self.most_moves)))
             priorities = [chance.choice([*Priority]) for _ in accounts]
             try:
-                self._move_all(accounts, priorities, roll_back=chance.random() < 0.05)
+                self._move_all(accounts, priorities, chance.random() < 0.05, pause)
             except DBAPIError as error:
                 self.failed_commits.append(str(error))
                 stop.wait(0.05)
@@ -292,14 +300,22 @@ class Harness:
                 self.ended_writers.append(repr(error))
                 raise
 
-    def _move_all(self, accounts: list[int], priorities: list[int], roll_back: bool = False) -> None:
-        """Move accounts in one transaction; what commits is in the table of movements too."""
+    def _move_all(
+        self, accounts: list[int], priorities: list[int], roll_back: bool = False, pause: Pause = None
+    ) -> None:
+        """Move accounts in one transaction; what commits is in the table of movements too.
+
+        With a pause, it moves one more before that, and again after it: if the relay, which has gone on meanwhile, does
+        not find the first of these, the second goes before it.
+        """
         with self._sessions() as session:
-            moved = session.execute(MOVE, {"ids": [f"a{n}" for n in accounts]})
-            ids = [
-                str(publish(session, {"n": n}, type="Moved", stream=STREAM, key=account, priority=priority))
-                for (account, n), priority in zip(moved, priorities, strict=True)
-            ]
+            ids = []
+            if pause:
+                ids = self._move(session, [SLOW], priorities[:1])
+                session.flush()
+                pause()
+                ids += self._move(session, [SLOW], priorities[:1])
+            ids += self._move(session, accounts, priorities)
             if self.stamps:
                 session.flush()
                 session.execute(STAMP, {"now": time.time(), "ids": ids})
@@ -309,6 +325,14 @@ class Harness:
             else:
                 session.commit()
                 self._committed_at |= dict.fromkeys(ids, now())
+
+    def _move(self, session: Session, accounts: list[int], priorities: list[int]) -> list[str]:
+        """Move accounts, and publish it; return the ids of the events."""
+        moved = session.execute(MOVE, {"ids": [f"a{n}" for n in accounts]})
+        return [
+            str(publish(session, {"n": n}, type="Moved", stream=STREAM, key=account, priority=priority))
+            for (account, n), priority in zip(moved, priorities, strict=True)
+        ]
 
     # -- the relays -------------------------------------------------------------------------------------
 

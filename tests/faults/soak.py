@@ -38,6 +38,7 @@ from tests.acceptance.harness import (
     PATIENCE_SECONDS,
     STREAM,
     Entry,
+    Pause,
     RelayProcess,
     passed_over,
     wait_until,
@@ -112,7 +113,9 @@ class Soak(Trial):
 
     # -- the service --------------------------------------------------------------------------------------
 
-    def _move_all(self, accounts: list[int], priorities: list[int], roll_back: bool = False) -> None:
+    def _move_all(
+        self, accounts: list[int], priorities: list[int], roll_back: bool = False, pause: Pause = None
+    ) -> None:
         """Take turns, so that the rate is steady; a commit may fail while PostgreSQL is down.
 
         On a machine that is too slow the consumers set the pace: what waits for them is no leak.
@@ -125,7 +128,7 @@ class Soak(Trial):
             )
         time.sleep(max(0.0, turn - time.monotonic()))
         try:
-            super()._move_all(accounts, priorities, roll_back)
+            super()._move_all(accounts, priorities, roll_back, pause)
         except DBAPIError:
             if time.monotonic() > self._excused_until:
                 raise
