@@ -75,11 +75,15 @@ class Housekeeper:
         What Redis has not got, or has lost, is kept, however old: Redis may have been away for longer than the
         retention, and the next event of a lane that is gone may come in a day.
         """
+        return self._store.purge(self._settings.journal_retention_seconds, self.look_for_lost())
+
+    def look_for_lost(self) -> int:
+        """Look which lanes Redis has lost; return the last batch that need not be kept for them, or for itself."""
         outbox_id = self._store.outbox_id()
         if not self._seen or self._look_again.due():
             self._seen = self._streams.state(outbox_id)[1]
         last, self.lost = self._streams.purgeable(outbox_id, self._seen)
-        return self._store.purge(self._settings.journal_retention_seconds, last)
+        return last
 
     def look_at_pressure(self) -> None:
         """Decide what the relay should leave in PostgreSQL, so that Redis does not fill up."""

@@ -143,7 +143,7 @@ async def _refuse_failed(session: Any) -> None:
     state = getattr(connection.connection.driver_connection, STATE, None)
     try:
         if state is None:  # of asyncpg: its errors are told by the next statement alone
-            await settled(session.execute(PROBE))
+            await settled(session.execute(PROBE, bind_arguments={"clause": outbox_inbox}))
         failed = state is not None and state.transaction_status == FAILED
     except DBAPIError as error:
         failed = getattr(error.orig, "sqlstate", None) == "25P02"

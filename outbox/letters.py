@@ -333,10 +333,12 @@ def _say_each(
         failed = failure(error)
         so_far = f"{what} until then: {counted(len(ids), 'dead letter')}."
         raise Failed(f"{failed.message} {so_far}", failed.exit_code) from error
-    _say_done(what, [each for each in _texts(wanted) or () if each not in letters.left], ids, chosen)
     if letters.left:
         why = "their lane has no such group any more, or they were too large to be kept whole"
-        raise Failed(f"{counted(len(letters.left), 'dead letter')} left where they are: {why}", 1)
+        click.echo(f"{counted(len(letters.left), 'dead letter')} left where they are: {why}", err=True)
+    _say_done(what, [each for each in _texts(wanted) or () if each not in letters.left], ids, chosen)
+    if letters.left:
+        sys.exit(1)
 
 
 def _texts(event_ids: list[UUID] | None) -> list[str] | None:

@@ -169,6 +169,7 @@ class Relay:
                 self._listen()
                 if self._housekeeper.pressure_again.due():
                     self._housekeeper.look_at_pressure()
+                    self._housekeeper.look_for_lost()
                 moved = self.run_once(ahead=True)
                 if not moved and not self._store.due(self._housekeeper.pause):
                     break

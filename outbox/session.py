@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
@@ -37,7 +38,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, object_session, registry
 from sqlalchemy.orm.interfaces import MapperProperty
 
@@ -137,8 +138,10 @@ class _Recorder:
         """Give the session something to flush, if it has no new object."""
         executing = self._session._warn_on_events  # its flush takes no more objects; the rows go with it
         if not executing and not self._session._new:  # `new` would copy it
-            # Where the outbox is; its flush would open a connection of any other engine that the session has.
-            self._session.bind_mapper(_Dirt, self._session.get_bind(clause=outbox))
+            with suppress(UnboundExecutionError):  # which the flush raises, too
+                bind = self._session.get_bind(clause=outbox)
+                if bind is not self._session.bind:  # whose connection the flush would open, if there is one
+                    self._session.bind_mapper(_Dirt, bind)
             dirt = _Dirt()
             self._session.add(dirt)
             self._dirt = inspect(dirt)

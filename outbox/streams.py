@@ -420,10 +420,11 @@ class Streams:
                 return {}
 
     def state(self, outbox_id: str) -> tuple[int, list[str]]:
-        """Return the number of the last batch that Redis knows, and the lanes it has added to."""
+        """Return the number of the last batch that Redis knows, and the lanes it has added to, or is filling again."""
         with self._translated():
             state: dict[Any, Any] = self._redis.hgetall(f"{self._prefix}:{outbox_id}")
-        lanes = [name[5:].decode() for name in state if name.startswith(b"last:") and name.isascii()]
+        of_lanes = [name for name in state if name.startswith((b"last:", b"restored:")) and name.isascii()]
+        lanes = {name.partition(b":")[2].decode() for name in of_lanes}
         if not (batch := state.get(b"batch", b"0")).isdigit():
             raise RedisUnavailable(f"Redis: the batch of {self._prefix}:{outbox_id} is no number")
         return int(batch), sorted(lanes)

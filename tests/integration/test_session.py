@@ -17,8 +17,20 @@ import pydantic
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Column, ForeignKey, String, Table, create_engine, event, insert, select, text, update
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy import (
+    Column,
+    ForeignKey,
+    Sequence,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -1059,3 +1071,18 @@ def test_a_session_that_has_an_engine_for_each_class_needs_none_for_anything_els
     with Session(elsewhere, binds={Base: engine, outbox_table: engine}) as session, session.begin():
         publish(session, Counted(2))
     assert [json.loads(row.data)["n"] for row in rows(engine)] == [1, 2]
+
+
+def test_a_session_of_one_engine_looks_for_no_other(engine):
+    """To look for it would cost each later statement some time, and fail for those that name no table."""
+    with Session(engine) as session:
+        publish(session, Counted(1))
+        session.execute(text("CREATE SEQUENCE numbers"))
+        assert session.scalar(Sequence("numbers")) == 1
+
+
+def test_a_session_without_an_engine_says_so_when_it_is_flushed():
+    with Session() as session:
+        publish(session, Counted(1))
+        with pytest.raises(UnboundExecutionError):
+            session.flush()
