@@ -79,10 +79,9 @@ class Housekeeper:
 
     def look_for_lost(self) -> int:
         """Look which lanes Redis has lost; return the last batch that need not be kept for them, or for itself."""
-        outbox_id = self._store.outbox_id()
         if not self._seen or self._look_again.due():
-            self._seen = self._streams.state(outbox_id)[1]
-        last, self.lost = self._streams.purgeable(outbox_id, self._seen)
+            self._seen = self._lanes()
+        last, self.lost = self._streams.purgeable(self._store.outbox_id(), self._seen)
         return last
 
     def look_at_pressure(self) -> None:

@@ -21,10 +21,8 @@ from outbox.errors import InvalidSetting
 from outbox.lanes import STREAM_NAME, Lanes
 
 PREFIX = "OUTBOX_"
-CONFIG, TEST = (
-    "OUTBOX_CONFIG",
-    "OUTBOX_TEST_",
-)  # the variables of this prefix that are no settings of the daemon
+# The variables of this prefix that are no settings of the daemon.
+CONFIG, TEST = "OUTBOX_CONFIG", "OUTBOX_TEST_"
 
 
 USERINFO = re.compile(r"(://[^\s:/?#@]*):\S*@")

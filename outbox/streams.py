@@ -124,6 +124,11 @@ local function went_back(lane)
     local back = now_ms < ms or (now_ms == ms and now_number < number) or (count or math.huge) < tonumber(added)
     return back, count
 end
+-- Or it is being filled again, which may have been given up in the middle.
+local function is_lost(lane)
+    local back, count = went_back(lane)
+    return back or redis.call('HEXISTS', KEYS[1], 'restored:' .. lane) == 1, count
+end
 """.replace("STATES", "{'" + "', '".join(SERVER_STATES) + "'}")
 
 # KEYS: the state, then the lanes of the body. ARGV: expected batch, the batch to stand at then, "look" (add nothing),
@@ -148,11 +153,9 @@ end
 
 local gone, counts = {'GONE'}, {}
 for i = 2, #KEYS do
-    local back, count = went_back(KEYS[i])
+    local lost, count = is_lost(KEYS[i])
     counts[i] = count
-    if back or redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1 then
-        gone[#gone + 1] = KEYS[i]
-    end
+    if lost then gone[#gone + 1] = KEYS[i] end
 end
 if #gone > 1 then return gone end
 if ARGV[3] == 'look' then return {'OK'} end
@@ -261,9 +264,7 @@ STANDS = (
     + """
 local answer = {batch}
 for i = 2, #KEYS do
-    if went_back(KEYS[i]) or redis.call('HEXISTS', KEYS[1], 'restored:' .. KEYS[i]) == 1 then
-        answer[#answer + 1] = KEYS[i]
-    end
+    if is_lost(KEYS[i]) then answer[#answer + 1] = KEYS[i] end
 end
 return answer
 """

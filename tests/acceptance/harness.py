@@ -174,10 +174,10 @@ class RelayProcess:
 
     @property
     def log(self) -> str:
-        if not self._log.closed:
-            self._log.seek(0)
-            self._said = self._log.read()
-        return self._said
+        if self._log.closed:
+            return self._said
+        self._log.seek(0)
+        return self._log.read()
 
     def __enter__(self) -> Self:
         return self
