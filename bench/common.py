@@ -63,7 +63,8 @@ class Servers:
 
     database_url: str
     redis_url: str
-    ours: bool = False  # the PostgreSQL was started for the run, and may be configured
+    own_postgres: bool = False  # it was started for the run, and may be configured
+    own_redis: bool = False
 
     def connect(self, name: str = "bench", autocommit: bool = True) -> psycopg.Connection:
         """Connect to PostgreSQL, with the benchmark's schema in front."""
@@ -528,12 +529,15 @@ def save(bench: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> No
 def given_servers(options: argparse.Namespace) -> Iterator[Servers]:
     """Give the servers that were named, or start some."""
     with contextlib.ExitStack() as stack:
-        database, cache, ours = options.database_url, options.redis_url, False
+        database, cache = options.database_url, options.redis_url
+        own_postgres = own_redis = False
         if not database:
             server = stack.enter_context(testing.postgres(settings=DURABLE))
-            database, ours = server.url, server.pid is not None  # it may be one of the environment
-        cache = cache or stack.enter_context(testing.redis()).url
-        yield Servers(database, cache, ours)
+            database, own_postgres = server.url, server.pid is not None  # it may be one of the environment
+        if not cache:
+            server = stack.enter_context(testing.redis())
+            cache, own_redis = server.url, server.pid is not None
+        yield Servers(database, cache, own_postgres, own_redis)
 
 
 def run_command(main: Callable[[], int]) -> None:

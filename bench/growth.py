@@ -1,8 +1,8 @@
 """Measure how the relay's rate changes as what it has to do grows.
 
-Against the backlog, the size of a payload, the number of streams, the relays that stand by, and how long the journal
-is kept; and what an event costs in PostgreSQL's log and in the memory of Redis. Each is a table, a picture on the
-terminal, and one in `bench/results/` if matplotlib is there.
+Against the backlog, the size of a payload, the number of streams, the relays that stand by, how long the journal is
+kept, and what Redis keeps on disk; and what an event costs in PostgreSQL's log and in the memory of Redis. Each is a
+table, a picture on the terminal, and one in `bench/results/` if matplotlib is there.
 
     python bench/growth.py                                       all
     python bench/growth.py --only streams --runs 1               a quick look at one
@@ -54,6 +54,8 @@ PAYLOAD_TOTAL = 100_000_000  # bytes of a run, at most
 STREAMS = (1, 10, 100, 1000)
 RELAYS = (1, 2, 4)
 RETENTIONS = ("0", "1", "3600")  # seconds; a run takes some four
+NO_FILE = "none"
+PERSISTENCE = (NO_FILE, "everysec", "always")  # an append-only file, by when it is flushed to the disk
 
 DAEMON_EVENTS = 200_000
 
@@ -154,12 +156,34 @@ def retentions(bench: BacklogBench, runs: int) -> dict[str, Any]:
     return _result("rate against retention of the journal", found, [], shown)
 
 
+def persistence(bench: BacklogBench, runs: int) -> dict[str, Any]:
+    """Drain backlogs while Redis keeps an append-only file, flushed once a second or before each answer, or none."""
+
+    def run(when: str) -> Run:
+        with _appending(bench.redis, when):
+            return bench.run("relay", Backlog(DAEMON_EVENTS))
+
+    found = _in_turn(PERSISTENCE, runs, run)
+    goals = [
+        goal(
+            f"rate with Redis' append-only file, flushed {when} / without one",
+            [one.rate / other.rate for one, other in zip(found[when], found[NO_FILE], strict=True)],
+        )
+        for when in PERSISTENCE
+        if when != NO_FILE
+    ]
+    x = "append-only file of Redis"
+    shown = chart("persistence", "rate against persistence of Redis", x, "events/s", relay=_rates(found))
+    return _result("rate against persistence of Redis", found, goals, shown)
+
+
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "backlog": backlogs,
     "payload": payloads,
     "streams": streams,
     "relays": relays,
     "retention": retentions,
+    "persistence": persistence,
 }
 
 
@@ -220,6 +244,20 @@ def _run_daemons(
 
 
 @contextlib.contextmanager
+def _appending(client: Any, when: str) -> Iterator[None]:
+    """Have Redis keep an append-only file; it has been written once, as for a daemon, when this begins."""
+    if when != NO_FILE:
+        client.config_set("appendfsync", when)
+        client.config_set("appendonly", "yes")
+        while client.info("persistence")["aof_rewrite_in_progress"]:
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        client.config_set("appendonly", "no")
+
+
+@contextlib.contextmanager
 def _held_back(servers: Servers) -> Iterator[None]:
     """Hold the leader's lock, as another relay would: until it is released, nobody publishes."""
     with servers.connect("bench-lock", autocommit=False) as connection:
@@ -262,7 +300,9 @@ def main() -> int:
         bench.warm_up()
         results = []
         for name, measure in MEASURES.items():
-            if options.only in (None, name):
+            if name == "persistence" and not servers.own_redis:
+                console.print("\npersistence is left out: this Redis is somebody's, and is not configured")
+            elif options.only in (None, name):
                 console.print(f"\nrate against {name}, {options.runs} runs of each point")
                 arguments = (options.backlogs, options.runs) if name == "backlog" else (options.runs,)
                 results.append(measure(bench, *arguments))

@@ -138,13 +138,13 @@ def churn(bench: BacklogBench, events: int, runs: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _day_in_minutes(bench: BacklogBench) -> Iterator[None]:
     """Let autovacuum look every second, as it does every minute of a day; not at a server that is somebody's."""
-    if bench.servers.ours:
+    if bench.servers.own_postgres:
         bench.database.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
         bench.database.execute("SELECT pg_reload_conf()")
     try:
         yield
     finally:
-        if bench.servers.ours:
+        if bench.servers.own_postgres:
             bench.database.execute("ALTER SYSTEM RESET autovacuum_naptime")
             bench.database.execute("SELECT pg_reload_conf()")
 
