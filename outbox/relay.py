@@ -55,7 +55,7 @@ from outbox.protocol import (
 )
 from outbox.settings import LONGEST_BATCH_SECONDS, Settings
 from outbox.store import Back, Claim, Lead, Listener, Store, may_wait
-from outbox.streams import EMPTY, Batch, Streams, decode, encode, faults
+from outbox.streams import EMPTY, Batch, Streams, decode, encode, faults, may_touch
 from outbox.trace import Trace
 
 log = logging.getLogger("outbox.relay")
@@ -495,7 +495,11 @@ class Relay:
         number = damaged = 0
         sent = dict.fromkeys(lanes, 0)
         while (found := self._store.journal_after(number)) and found[0] <= stands:
+            if self.stop.is_set():
+                return
             number = found[0]
+            if not may_touch(found[1], lanes):  # most of the journal, it may be, and publishing waits
+                continue
             batch = _read(*found)
             damaged += batch is None
             if batch is None:
@@ -520,12 +524,17 @@ class Relay:
             self._store.count_losses(batches=1)
             return
         for place, reason in reasons.items():
-            event = events[place]
+            event = self._of_stream(events[place])
             self._store.bury(event, f"refused when it was sent again: {reason}", 1)
             log.error(
                 "event %s of %s is a dead letter, it was refused when it was sent again: %s",
                 event.event_id, event.stream, reason, extra={"action": "event_dead"},
             )  # fmt: skip
+
+    def _of_stream(self, event: Waiting) -> Waiting:
+        """Return an event of the journal, which tells its lane, with its stream."""
+        stream = event.stream.removesuffix(f":{self._settings.backfill_suffix}")
+        return event._replace(stream=stream) if self._lane(stream, event.priority) == event.stream else event
 
     # -- between steps ----------------------------------------------------------------------------------
 

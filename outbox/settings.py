@@ -97,6 +97,8 @@ class Settings:
         for name in ("schema", "source"):
             if not getattr(self, name):
                 raise InvalidSetting(f"{name}: it is empty")
+        if "%" in self.schema:
+            raise InvalidSetting("schema: a % is more than the driver takes in a name")
         if self.database_url:
             _check_database_url(self.database_url)
         _check_redis_url(self.redis_url)

@@ -160,8 +160,8 @@ RETURNING (SELECT cardinality(places) FROM chosen), (SELECT at::text FROM since)
 
 ADOPT: LiteralString = """
 DELETE FROM {outbox} USING unnest(%s::bigint[], %s::text[]) AS published (row_id, ends)
-WHERE id = row_id AND starts_with(left(event_id::text, 8) || right(event_id::text, 8), ends) RETURNING {columns}
-"""  # The relays of before have remembered the start alone.
+WHERE id = row_id AND left(event_id::text, 8) || right(event_id::text, 8) = ends RETURNING {columns}
+"""
 SIZE: LiteralString = "pg_column_size(o.payload) + coalesce(pg_column_size(o.headers), 0)"
 COLUMNS: LiteralString = (
     "id, event_id::text, stream, type, key, priority, created_at::text, payload::text, headers::text, "
@@ -254,6 +254,7 @@ WITH gone AS (
 SELECT event_id FROM gone
 """
 
+LONGEST_STATEMENT_MS = 3_600_000
 MANY = 10_000  # running transactions that are remembered one by one
 INDEXED_BYTES = 2500  # of stream and key, that the index of refused events can hold
 BELOW = LOWEST - 1  # as BEYOND is above: no priority is there
@@ -363,6 +364,7 @@ class Store:
         self._connect_to = connection_arguments(url, takeover_seconds)
         self._schema = schema
         self._idle_ms = max(100, int(takeover_seconds * 600))
+        self._statement_ms = max(30_000, 6 * self._idle_ms)
         self._connection: psycopg.Connection | None = None
         self._spare: psycopg.Connection | None = None  # has the transaction of the next step, or none
         self._ahead: NextStep | None = None
@@ -716,7 +718,7 @@ class Store:
                 columns=sql.SQL(COLUMNS),
                 size=sql.SQL(SIZE),
                 idle_ms=sql.Literal(self._idle_ms),
-                statement_ms=sql.Literal(max(30_000, 6 * self._idle_ms)),
+                statement_ms=sql.Literal(self._statement_ms),
                 ahead_ms=sql.Literal(self._idle_ms // 3),
             )
             self._statements[query, due] = composed.as_bytes()  # as the driver would at each execution
@@ -743,6 +745,10 @@ class Store:
             raise NotMigrated(f"{first_line(error)}; run: outbox-relay migrate") from error
         except psycopg.Error as error:
             self.close()
+            if isinstance(error, pg.QueryCanceled):
+                # A claim from the top passes all dead rows that a snapshot holds: the next one may take longer.
+                self._statement_ms = min(2 * self._statement_ms, LONGEST_STATEMENT_MS)
+                self._statements.clear()
             error.args = (first_line(error),)  # in a traceback, too
             raise DatabaseUnavailable(f"PostgreSQL: {error}") from error
         except UnicodeDecodeError as error:  # a database without an encoding holds any bytes

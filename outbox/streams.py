@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ SERVER_STATES = (
 )  # fmt: skip
 
 KEPT = 64  # batches of which Redis remembers what is in them
-MARK = re.compile("(-?[0-9]{1,19}):([0-9a-f]{8}|[0-9a-f]{16})")
+MARK = re.compile("(-?[0-9]{1,19}):([0-9a-f]{16})")
 
 HEAD = """
 -- Who sends again learns of refusals before anything else happens: they outlive a crash of the relay in here.
@@ -644,6 +644,19 @@ def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
         return batch, [_waiting(lanes, event) for event in events]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise DamagedBatch(f"{error or error.__class__.__name__}") from error
+
+
+def may_touch(body: bytes, lanes: Iterable[str]) -> bool:
+    """Return whether a journal's body may have events of these lanes; reads no event of it. A damaged one may."""
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(body)
+    try:
+        unpacker.read_array_header()
+        unpacker.skip()  # the source
+        found = unpacker.unpack()
+        return not {*lanes}.isdisjoint(found)
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return True
 
 
 def _check_shape(source: Any, lanes: Any, events: Any) -> None:

@@ -9,7 +9,7 @@ from psycopg import sql
 from outbox.streams import KEPT, decode
 from tests.conftest import admin
 from tests.integration.box import Box, before
-from tests.integration.test_answers import Lost, kill_backends, lose_commit
+from tests.integration.test_answers import Lost, kill_backends
 
 
 class Copies:
@@ -124,19 +124,6 @@ def test_ids_that_are_alike_at_one_end_are_told_apart(box, lose_commits, lost, n
     box.add("new", event_id=new)
     box.relay().drain()
     assert (box.lane(), box.waiting()) == (["lost", "new"], [])
-
-
-def test_what_a_relay_of_before_has_left_is_known_by_the_start_of_its_id(box):
-    event_id = box.add("a")
-    relay = box.relay()
-    lose_commit(relay)
-    with pytest.raises(Lost):
-        relay.run_once()
-    ((name, ids),) = [(name, ids) for name, ids in box.state().items() if name.startswith(b"ids:")]
-    row, _ = ids.decode().split(":")
-    box.redis.hset(box.redis.keys("outbox:*")[0], name, f"{row}:{event_id[:8]}")
-    box.relay().drain()
-    assert (box.lane(), box.waiting()) == (["a"], [])
 
 
 def test_a_number_that_is_used_again_one_batch_ahead(box, lose_commits):

@@ -34,6 +34,21 @@ def setting(store, expression):
     return store._connected().execute(f"SELECT {expression}").fetchone()[0]
 
 
+def test_a_claim_that_was_cancelled_for_its_time_has_more_of_it_the_next_time(box, store):
+    """Each walk past what a snapshot holds is as long as the last: with the same time none would come to its end."""
+    box.add("a")
+    store._statement_ms = 50
+    with box.connect() as other:
+        other.execute("SELECT FROM outbox FOR UPDATE")
+        for patience in ("100ms", "200ms"):
+            with pytest.raises(DatabaseUnavailable, match="statement timeout"):
+                claim(store)
+            store.begin()
+            assert setting(store, "current_setting('statement_timeout')") == patience
+            store.rollback()
+    assert claim(store) == ["a"]
+
+
 def test_a_late_row_of_a_priority_that_a_full_batch_did_not_reach_still_comes_first(box, store):
     box.add("first of all", priority=-50)
     claim(store)

@@ -11,6 +11,7 @@ from outbox import testing
 from outbox.errors import RedisUnavailable, Unavailable
 from outbox.event import Waiting
 from outbox.lanes import Lanes
+from outbox.store import Store
 from outbox.streams import decode, encode, faults
 from tests.integration.box import Box, after, before
 
@@ -114,6 +115,24 @@ def test_what_is_behind_a_refused_event_when_it_is_sent_again_is_a_dead_letter_t
     dead = box.sql.execute("SELECT payload #>> '{}', reason FROM outbox_dead ORDER BY 1").fetchall()
     assert [name for name, _ in dead] == ["free", "high", "low"]
     assert "behind an event of its key that was refused" in dict(dead)["low"]
+
+
+@pytest.mark.parametrize("stream", ["s", "s:backfill"])
+def test_what_is_refused_when_it_is_sent_again_comes_to_its_lane_after_a_retry(box, stream):
+    """The journal tells the lane of an event, and the dead letters its stream."""
+    relay = box.relay()
+    box.add("a", stream=stream, priority=-1)
+    relay.drain()
+    box.redis.flushall()
+    box.redis.set(f"{stream}:backfill", "no stream")
+    box.add("b", stream="other")
+    relay.drain()
+    box.redis.delete(f"{stream}:backfill")
+    store = Store(box.database_url)
+    assert len(store.dead_retry(None)) == 1
+    store.close()
+    relay.drain()
+    assert box.lane(f"{stream}:backfill") == ["a"]
 
 
 def test_a_redis_restored_from_its_older_dump_gets_exactly_what_it_lacks(database_url):
@@ -220,6 +239,21 @@ def test_filling_a_lane_stops_when_it_is_told_to_and_goes_on_from_there(box):
     assert box.lane() == ["a"]
     box.relay().drain()
     assert box.lane() == ["a", "b", "c", "d"]
+
+
+def test_filling_a_lane_stops_though_the_journal_has_nothing_more_of_it(box):
+    """Reading an hour of it takes long; who has told the relay to stop would kill it."""
+    relay = box.relay(batch_size=1)
+    for stream in ["s", *["other"] * 5]:
+        box.add("a", stream=stream)
+    relay.drain()
+    box.redis.delete("s")
+    box.add("b")
+    reads = []
+    after(relay._store, "journal_after", lambda: len(reads) == 3 and relay.stop.set(), times=9)
+    before(relay._store, "journal_after", lambda: reads.append(1), times=9)
+    relay.run_once()
+    assert len(reads) == 3
 
 
 # -- rights ------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def test_variables_of_others_are_left_alone() -> None:
         ({"OUTBOX_ON_REDIS_RESET": "replya"}, ["OUTBOX_ON_REDIS_RESET", "did you mean replay?"]),
         ({"OUTBOX_BACKFILL_SUFFIX": "a b"}, ["OUTBOX_BACKFILL_SUFFIX", "'a b'"]),
         ({"OUTBOX_SCHEMA": ""}, ["OUTBOX_SCHEMA", "empty"]),
+        ({"OUTBOX_SCHEMA": "50%s"}, ["OUTBOX_SCHEMA", "a %"]),
         ({"OUTBOX_SOURCE": ""}, ["OUTBOX_SOURCE", "empty"]),
         ({"OUTBOX_DATABASE_URL": "mysql://h/d"}, ["OUTBOX_DATABASE_URL", "PostgreSQL"]),
         ({"OUTBOX_REDIS_URL": ""}, ["OUTBOX_REDIS_URL", "redis://"]),
