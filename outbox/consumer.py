@@ -7,7 +7,7 @@ Any number of workers, each of which handles one event at a time, share what thi
     Redis: primary first, else one entry of backfill  ─┴──> worker ──> handler, inbox, commit ──> ack
                                                               │
                                             failed: try again │ given up: <lane>:dlq
-    The keeper renews what is in hand, claims what dead consumers have left, and purges the inbox.
+    The keeper renews what is in hand, and claims what dead consumers have left. Another purges the inbox.
 
 There is one implementation for blocking and for asyncio services. It is written in coroutines; those of a
 blocking consumer never suspend (see `groups`).
@@ -55,8 +55,8 @@ from outbox.event import (
     kind_of,
 )
 from outbox.groups import FOR_GROUP, Entry, GroupMissing, Groups, Lost
-from outbox.hand import Hand
-from outbox.inbox import Inbox
+from outbox.hand import MOST_WAITING, Hand
+from outbox.inbox import Inbox, Interrupted
 from outbox.lanes import STREAM_NAME, Lanes
 from outbox.loop import (
     AsyncStop,
@@ -65,6 +65,7 @@ from outbox.loop import (
     Stop,
     backoff_seconds,
     finish,
+    makes_coroutines,
     settled,
     stop_on_signals,
 )
@@ -78,6 +79,7 @@ PREFETCH = 100  # entries of a lane, at the most
 PREFETCH_SECONDS = 0.05  # how long handling what is read at once should take
 ACK_SECONDS = 0.05  # how long an ack may wait for others to go with it
 ACKED_AT_ONCE = 1000  # entries: with so many, an ack waits no longer
+TIDY_SECONDS = 60.0  # between two looks for dead consumers, and old rows of the inbox
 WAIT_SECONDS = 1.0  # how long an idle worker blocks: stop is no later than that
 DRAIN_SECONDS = 5.0  # how long a stopped worker goes on with what was read already
 INBOX_MARGIN = timedelta(hours=1)  # between the clocks of PostgreSQL and Redis, and for the relay's journal
@@ -156,10 +158,14 @@ class _Core:
         self._handlers: list[Handler] = []
         self._kinds: dict[tuple[str, bytes | None, bytes | None], tuple[Kind, Takers]] = {}
         self._hand = Hand(self._idle_seconds, lambda lane: lane in self._primary)
-        self._keep_again = Every(self._idle_seconds / 3)
-        self._purge_again = Every(60)
+        self._keep_again, self._tidy_again = (
+            Every(self._idle_seconds / 3),
+            Every(TIDY_SECONDS),
+        )  # of `run_once`
+        self._say_full_again = Every(60)
         self._claim_from = dict.fromkeys(self._stream_of, "0-0")
         self._begun = False
+        self._pid = os.getpid()
         self._single: Worker | None = None  # of `run_once`
         make_stop = AsyncStop if self._asynchronous else Stop
         self._stop: Stop | AsyncStop = make_stop()
@@ -395,39 +401,53 @@ class _Core:
                 extra={"action": "entry_lost"},
             )  # fmt: skip
 
-    # -- the keeper ----------------------------------------------------------------------------------------
+    def _say_full(self) -> None:
+        if self._say_full_again.due():
+            log.warning(
+                "%d primary events wait to be tried again: nothing new is read meanwhile", MOST_WAITING,
+                extra={"action": "hand_full"},
+            )  # fmt: skip
 
-    async def _keep(self, groups: Groups) -> None:
-        """Renew, claim and purge in time, until the workers have ended."""
+    # -- the keeper, and who tidies up ---------------------------------------------------------------------
+
+    async def _regularly(self, seconds: float, do: Callable[[Groups], Coroutine[Any, Any, bool]]) -> None:
+        """Do something every so often, on a connection of its own, until the workers have ended."""
+        groups = self._groups()
         try:
             while not self._ended.is_set():
-                await settled(self._ended.wait(await self._keep_or_log(groups)))
+                await settled(self._ended.wait(await self._do_or_log(groups, seconds, do)))
         finally:
             await groups.close()
 
-    async def _keep_or_log(self, groups: Groups) -> float:
-        """Keep once, whatever happens; return the seconds until the next time."""
-        pause = self._idle_seconds / 3
+    async def _do_or_log(
+        self, groups: Groups, seconds: float, do: Callable[[Groups], Coroutine[Any, Any, bool]]
+    ) -> float:
+        """Do it once, whatever happens; return the seconds until the next time."""
         try:
-            if await self._keep_once(groups):
-                return min(pause, 0.1)  # there may be more
-        except GroupMissing:
-            pass  # the workers create it again
+            if await do(groups):
+                return min(seconds, 0.1)  # there may be more
+        except GroupMissing:  # the workers create it
+            return min(seconds, 1.0)
         except OutboxError as error:
             log.warning("%s", error, extra={"action": "keeper_failed"})
-            return min(pause, 1.0)
+            return min(seconds, 1.0)
         except Exception:
             log.exception("a bug of the consumer", extra={"action": "consumer_bug"})
-        return pause
+        return seconds
 
     async def _keep_once(self, groups: Groups) -> bool:
-        """Do what is to be done now and then; return whether there may be more to claim.
+        """Renew what is in hand, and claim; return whether there may be more to claim.
 
-        After the stop, what the handlers are still at is renewed, and nothing else done.
+        After the stop, what the handlers are still at is renewed, and nothing else done. Whatever may wait for
+        PostgreSQL is none of the keeper's: without its heartbeat, what is in hand goes to others.
         """
         started = time.monotonic()
         for lane, ids in self._hand.held().items():
-            gone, lost = await groups.renew(lane, ids)
+            try:
+                gone, lost = await groups.renew(lane, ids)
+            except GroupMissing:  # the workers may be busy in other lanes
+                await self._create(groups)
+                gone, lost = ids, []
             self._hand.drop(lane, gone)
             self._report_lost(lane, *lost)
         self._hand.renewed_at = started
@@ -437,10 +457,13 @@ class _Core:
         for lane in groups.lanes:
             if not self._hand.is_full(groups.is_primary(lane)):
                 claimed += await self._claim(groups, lane)
-        if self._purge_again.due():
-            await groups.forget(idle_seconds=10 * self._idle_seconds)
-            await self._purge(groups)
         return bool(claimed)
+
+    async def _tidy_once(self, groups: Groups) -> bool:
+        """Remove consumers that are dead, and old rows of the inbox."""
+        await groups.forget(idle_seconds=10 * self._idle_seconds)
+        await self._purge(groups)
+        return False
 
     async def _claim(self, groups: Groups, lane: str) -> int:
         """Take up what consumers that are dead or frozen have left in a lane; return how many entries."""
@@ -465,7 +488,7 @@ class _Core:
         before = datetime.now(UTC) - self._inbox_retention
         if (oldest_ms := await groups.oldest_ms()) is not None:
             before = min(before, datetime.fromtimestamp(oldest_ms / 1000, UTC) - INBOX_MARGIN)
-        until = time.monotonic() + self._idle_seconds / 10  # the heartbeat waits meanwhile
+        until = time.monotonic() + TIDY_SECONDS / 10  # it is a load
         await self._inbox.purge(before, lambda: self._stop.is_set() or time.monotonic() > until)
 
     # -- what differs --------------------------------------------------------------------------------------
@@ -480,13 +503,21 @@ class _Core:
             asynchronous=self._asynchronous,
         )
 
+    def _refuse_fork(self) -> None:
+        """Refuse to run in a copy of the process: its connections and pipes are those of the other."""
+        if os.getpid() != self._pid:
+            raise InvalidSetting("a consumer runs in the process that has made it: make it after the fork")
+
     async def _step_once(self) -> int:
+        self._refuse_fork()
         worker = self._single = self._single or Worker(self, self._first, most=1)
         try:
             if not self._begun:
                 await self._begin(self._first)
             if self._keep_again.due():
                 await self._keep_once(self._first)
+            if self._tidy_again.due():
+                await self._tidy_once(self._first)
             try:
                 return await worker.step()
             finally:
@@ -537,6 +568,10 @@ class Worker:
         self._done_since = float("inf")
         self._newest: list[Any] = []
         self._seconds = PREFETCH_SECONDS  # that handling an event takes
+        self._interrupted = (
+            "",
+            0,
+        )  # the last entry whose handler PostgreSQL has ended, and how often in a row
         self.counts = Counter(dict.fromkeys(OUTCOMES, 0))  # never a new one, as others look at them
         core._counts.append(self.counts)
 
@@ -557,6 +592,9 @@ class Worker:
                 entry = taken
             await self._core._handle(self, entry)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
+        except Interrupted:
+            self._hand.put_back(entry, self._after_interruption(entry))
+            raise
         except Unavailable:
             self._hand.put_back(entry)
             raise
@@ -564,6 +602,13 @@ class Worker:
             self._hand.retry(entry, time.monotonic() + self._core._backoff[0])
             raise
         return 1
+
+    def _after_interruption(self, entry: Entry) -> float:
+        """Return when to handle an entry again. It may be what ends the connection each time: then others pass it."""
+        id_, times = self._interrupted
+        times = times + 1 if id_ == entry.id else 0
+        self._interrupted = (entry.id, times)
+        return time.monotonic() + backoff_seconds(times, *self._core._backoff) if times else 0.0
 
     async def wait(self) -> None:
         """Block until there is something in a lane, or to try again; not for long, as stop must be heard."""
@@ -608,6 +653,7 @@ class Worker:
         while True:
             waiting = hand.due(primary=False)
             if hand.is_full(primary=True):
+                self._core._say_full()
                 self._newest = []  # of the last look at the lanes: to wait for what is newer would be no wait
                 return waiting
             backfill = waiting is None and not hand.is_full(primary=False)
@@ -655,7 +701,9 @@ class Consumer(_Core):
     `sessions` is a sessionmaker: the handler's session is then one transaction with the event's row in the inbox, and
     its effects are applied exactly once; without it, at least once. With an `async_sessionmaker`, an AsyncConsumer
     is made. `name` identifies this process within the group, and must be no other's at the same time; what was
-    pending under it is taken up at the start. The default is unique.
+    pending under it is taken up at the start. The default is host and process id: containers that share both, on the
+    network of their host, need names. Consumers of a group that share an inbox read the same streams: each purges it
+    by what the streams that it reads still have.
 
     `concurrency` handlers run at once, in threads. A handler that fails is called again after `backoff`, doubling up
     to `backoff_max`; after `max_deliveries` the entry moves to `<lane>:dlq`. `unknown` says what becomes of an
@@ -671,17 +719,23 @@ class Consumer(_Core):
             return AsyncConsumer(redis_url, **arguments)
         return super().__new__(cls)
 
+    _broken: BaseException | None = None  # what has ended a thread of `run`
+
     def run(self) -> None:
         """Handle events until stopped, whatever happens to Redis and PostgreSQL. Blocks.
+
+        Raises what a handler has raised to end its thread (SystemExit), when all has ended.
 
         In the main thread of a process that does not handle SIGTERM itself, the first SIGTERM or Ctrl-C stops it, as
         `stop` does, and a second one ends the process at once.
         """
+        self._refuse_fork()
         ours = threading.current_thread() is threading.main_thread()
         ours = ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         with stop_on_signals(self._stop) if ours else nullcontext():
             self._say_started()
-            keeper = self._thread(self._keep(self._groups()))
+            keeper = self._thread(self._regularly(self._idle_seconds / 3, self._keep_once))
+            self._thread(self._regularly(TIDY_SECONDS, self._tidy_once))  # nobody waits for its end
             others = [
                 self._thread(self._work(Worker(self, self._groups()))) for _ in range(self._concurrency - 1)
             ]
@@ -689,21 +743,24 @@ class Consumer(_Core):
                 finish(self._work(Worker(self, self._first)))
             finally:  # a Ctrl-C, say, that is not ours to handle: the others end too
                 self._stop.set()
-            for thread in others:
-                thread.join()
-            self._ended.set()
-            keeper.join()
-            finish(self._leave())
-            self._say_stopped()
+                for thread in others:
+                    thread.join()
+                self._ended.set()  # or the keeper would keep for ever what nobody handles
+                keeper.join()
+                finish(self._leave())
+                self._say_stopped()
+        if self._broken:
+            raise self._broken
 
     def _thread(self, work: Coroutine[Any, Any, None]) -> threading.Thread:
-        """Start a thread; what ends it before its time, a handler's `sys.exit` say, stops the consumer."""
+        """Start a thread; what ends it before its time, a handler's `sys.exit` say, ends `run`."""
 
         def run() -> None:
             try:
                 finish(work)
-            except BaseException:
+            except BaseException as error:
                 log.exception("a thread of the consumer has ended", extra={"action": "consumer_bug"})
+                self._broken = error
                 self._stop.set()
 
         thread = threading.Thread(target=run, daemon=True)
@@ -749,13 +806,16 @@ class AsyncConsumer(_Core):
 
     async def run(self) -> None:
         """Handle events until stopped, whatever happens to Redis and PostgreSQL."""
+        self._refuse_fork()
         self._say_started()
-        async with asyncio.TaskGroup() as keeper:
-            keeper.create_task(self._keep(self._groups()))
+        async with asyncio.TaskGroup() as keepers:
+            keepers.create_task(self._regularly(self._idle_seconds / 3, self._keep_once))
+            tidying = keepers.create_task(self._regularly(TIDY_SECONDS, self._tidy_once))
             async with asyncio.TaskGroup() as workers:
                 for groups in (self._first, *(self._groups() for _ in range(self._concurrency - 1))):
                     workers.create_task(self._work(Worker(self, groups)))
             self._ended.set()
+            tidying.cancel()  # it may wait for PostgreSQL
         await self._leave()
         self._say_stopped()
 
@@ -780,16 +840,12 @@ class AsyncConsumer(_Core):
 
     def _check_handler(self, handler: Callable[..., Any]) -> None:
         super()._check_handler(handler)
-        if not (inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(_call_of(handler))):
+        if not makes_coroutines(handler):
             name = getattr(handler, "__qualname__", repr(handler))
             raise InvalidHandler(f"{name}: a handler of an AsyncConsumer is an `async def`")
 
     async def _settle(self, worker: Worker, result: Any) -> None:
         await result
-
-
-def _call_of(handler: object) -> object:
-    return getattr(handler, "__call__", None)  # noqa: B004 - of an object, which may be a coroutine function
 
 
 def _is_async(sessions: object) -> bool:

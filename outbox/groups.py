@@ -321,7 +321,9 @@ class Groups(Connection):
         """Block until there is an entry in any lane after these, or for that long. Takes nothing."""
         if self._asked_at is None:
             await settled(self._ahead.disconnect())  # an idle one might be found dead when it is needed again
-        milliseconds = max(1, int(seconds * 1000))  # 0 would block for ever
+        # Redis answers before the client gives up, which a URL may want soon; 0 would block for ever.
+        timeout = self._redis.connection_pool.connection_kwargs["socket_timeout"] or seconds
+        milliseconds = max(1, int(min(seconds, timeout / 2) * 1000))
         await self._run("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", *self.lanes, *newest)
 
     async def ack(self, done: Mapping[str, Sequence[str]]) -> None:

@@ -26,8 +26,14 @@ T = TypeVar("T")
 PURGED_AT_ONCE = 5000  # rows
 # SQLSTATEs that end the connection of a handler that was idle in a transaction, or was in one at all, for too long.
 TOO_SLOW = ("25P03", "25P04")
+# Of those that begin with 53, what is of the whole server: its disk is full, it has too many connections.
+OF_SERVER = ("08", "57P", "531", "533")
 STATE, FAILED = "info", 3  # where both psycopgs tell the status of a transaction, and how
 PROBE = select(1)
+
+
+class Interrupted(DatabaseUnavailable):
+    """Raised when PostgreSQL has gone in the middle of a handler's work, which may be what has ended it."""
 
 
 class Inbox:
@@ -45,7 +51,7 @@ class Inbox:
         """Note an event, and await `effects(session)` in the same transaction; return whether it was the first time.
 
         The second time nothing is done. Raises AlreadyInHand when another transaction has noted the event, and has
-        not ended.
+        not ended; Interrupted when it was PostgreSQL that ended the effects.
         """
 
         async def transact(session: Any) -> bool:
@@ -55,7 +61,7 @@ class Inbox:
             if not is_ours:
                 raise AlreadyInHand(f"event {event_id} is in the hands of another consumer")
             if is_new:
-                with _only_we_commit(session):
+                with _only_we_commit(session), _translated(Interrupted):
                     await effects(session)
                 await _refuse_failed(session)
             return bool(is_new)
@@ -128,7 +134,7 @@ def _only_we_commit(session: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del session.info[HANDLING]
+        session.info.pop(HANDLING, None)  # the handler may have cleared it
     if session.get_transaction() is not transaction:
         raise InvalidHandler(
             "a handler has rolled back the session that its consumer commits: use begin_nested()"
@@ -163,18 +169,18 @@ def _refuse_commit(session: Session) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """Turn errors of the connection to PostgreSQL, which no event is to blame for, into DatabaseUnavailable."""
+def _translated(unavailable: type[DatabaseUnavailable] = DatabaseUnavailable) -> Iterator[None]:
+    """Turn errors of the connection to PostgreSQL, which no event is to blame for, into `unavailable`."""
     try:
         yield
     except PoolTimeout as error:
-        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error)}") from error
+        raise unavailable(f"PostgreSQL: {first_line(error)}") from error
     except DBAPIError as error:
         state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
         # Without a state, one that has a statement is of the driver, and of what it was given: too many parameters.
         of_connection = isinstance(error, (OperationalError, InterfaceError)) and (
-            error.statement is None if state is None else state.startswith(("08", "57P", "53"))
+            error.statement is None if state is None else state.startswith(OF_SERVER)
         )
         if state in TOO_SLOW or not (error.connection_invalidated or of_connection):
             raise
-        raise DatabaseUnavailable(f"PostgreSQL: {first_line(error.orig or error)}") from error
+        raise unavailable(f"PostgreSQL: {first_line(error.orig or error)}") from error

@@ -149,6 +149,12 @@ class Every:
         self._seconds, self._next = seconds, time.monotonic() + seconds
 
 
+def makes_coroutines(function: object) -> bool:
+    """Return whether a function, or an object that can be called, is an `async def`."""
+    called = getattr(function, "__call__", None)  # noqa: B004 - of an object, which may be one
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
 def finish(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that never suspends, because all that it awaits is blocking."""
     try:

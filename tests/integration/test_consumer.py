@@ -1,9 +1,12 @@
 """The consumer on a real Redis, in all its kinds: the order of the lanes, waking up, taking up, and ending."""
 
 import json
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -390,7 +393,7 @@ def test_no_more_is_claimed_than_can_be_in_hand(bank, monkeypatch):
     assert len(bank.handled) == 100
 
 
-def test_a_consumer_with_its_hands_full_does_not_wait_for_what_is_there_already(bank, monkeypatch):
+def test_a_consumer_with_its_hands_full_does_not_wait_for_what_is_there_already(bank, monkeypatch, caplog):
     """It would be told of it at once, again and again."""
     monkeypatch.setattr("outbox.hand.MOST_WAITING", 1)
 
@@ -406,6 +409,7 @@ def test_a_consumer_with_its_hands_full_does_not_wait_for_what_is_there_already(
     bank.add("b")
     assert made.drain() == 0
     assert made.it._single._newest == []
+    assert "hand_full" in [getattr(record, "action", None) for record in caplog.records]
 
 
 def test_a_heartbeat_counts_from_before_it_was_sent(bank, monkeypatch):
@@ -564,6 +568,41 @@ def test_a_group_that_is_gone_while_it_runs_is_created_again(bank):
         bank.add("b")
         bank.add("c", "s:backfill")
         wait_until(lambda: {"b", "c"} <= {*bank.handled})
+
+
+def test_a_backfill_group_that_is_gone_stops_no_heartbeat_of_primary(bank, monkeypatch):
+    """No worker reads backfill meanwhile, and creates it again."""
+    beats, held, renew = [], threading.Event(), Groups.renew
+
+    async def counted(self, lane, ids):
+        beats.append(lane)
+        return await renew(self, lane, ids)
+
+    def act(event) -> None:
+        if event.lane == "backfill":
+            raise Retry(after=timedelta(hours=1))
+        held.wait(30)
+
+    monkeypatch.setattr(Groups, "renew", counted)
+    bank.add("later", "s:backfill")
+    made = bank.consumer(act, claim_idle=timedelta(milliseconds=300))
+    with made.running():
+        wait_until(lambda: bank.handled == ["later"])
+        bank.add("long")
+        wait_until(lambda: len(bank.handled) == 2)
+        bank.redis.xgroup_destroy("s:backfill", "g")
+        beats.clear()
+        wait_until(lambda: beats.count("s") > 3)
+        held.set()
+
+
+def test_an_idle_consumer_waits_no_longer_than_its_url_allows(bank, caplog):
+    bank.redis_url += "?socket_timeout=0.4"
+    with bank.consumer().running():
+        bank.add("a")
+        wait_until(lambda: bank.handled == ["a"])
+        wait_until(lambda: bank.redis.info("commandstats")["cmdstat_xread"]["calls"] > 5)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("method", ["next", "wait", "claim", "renew"])
@@ -755,10 +794,41 @@ def test_a_handler_that_ends_its_thread_ends_the_consumer(database_url, redis_ur
         if threading.current_thread().daemon:  # the first worker is in the thread that runs the consumer
             raise SystemExit
 
-    with closing(Bank(database_url, redis_url, "blocking")) as bank:
+    with closing(Bank(database_url, redis_url, "blocking")) as bank, ThreadPoolExecutor() as executor:
         made = bank.consumer(act, concurrency=2)
-        with made.running():
-            wait_until(lambda: bank.add("e") and made.it._stop.is_set())
+        running = executor.submit(made.run)
+        wait_until(lambda: bank.add("e") and running.done())
+        assert isinstance(running.exception(), SystemExit)
+
+
+def test_what_ends_the_first_worker_is_in_nobodys_hand_any_more(database_url, redis_url):
+    """The process may live on: its keeper must not."""
+
+    def act(event) -> None:
+        raise SystemExit
+
+    with closing(Bank(database_url, redis_url, "blocking")) as bank:
+        bank.add("e")
+        before = threading.active_count()
+        made = bank.consumer(act)
+        with pytest.raises(SystemExit):
+            made.run()
+        wait_until(lambda: threading.active_count() == before)
+
+
+def test_a_consumer_is_not_run_in_a_fork_of_its_process(database_url, redis_url):
+    """Both would read each other's answers."""
+    with closing(Bank(database_url, redis_url, "blocking")) as bank:
+        made = bank.consumer()
+        for run in (made.run, made.run_once):
+            child = os.fork()
+            if child == 0:
+                try:
+                    run()
+                except InvalidSetting as error:
+                    os._exit("after the fork" in str(error))
+                os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_a_stopped_consumer_leaves_the_group_but_not_its_pending_entries(bank):
@@ -780,12 +850,12 @@ def test_a_stopped_consumer_leaves_the_group_but_not_its_pending_entries(bank):
     assert bank.pending() == {"b": 1}
 
 
-def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank):
+def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank, monkeypatch):
     bank.add("a")
     give(bank, "has one pending", "s")
     bank.redis.xgroup_createconsumer("s", "g", "empty")
+    monkeypatch.setattr("outbox.consumer.TIDY_SECONDS", 0.05)
     made = bank.consumer(claim_idle=timedelta(milliseconds=20), name="me")
-    made.it._purge_again = Every(0)
     with made.running():
         wait_until(lambda: bank.consumers() == {"me"} and bank.handled)
     assert bank.handled == ["a"]

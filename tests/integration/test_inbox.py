@@ -12,8 +12,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import sessionmaker
 
-from outbox import Consumer
+from outbox import Consumer, Retry
 from outbox.errors import DatabaseUnavailable
+from outbox.groups import Groups
 from tests.integration.bank import KINDS, Bank, entry, wait_until
 
 
@@ -217,8 +218,69 @@ def test_a_connection_that_is_lost_in_a_handler_is_no_failure(bank):
     for _ in range(2):
         with pytest.raises(DatabaseUnavailable, match="PostgreSQL"):
             made.run_once()
-    assert made.drain() == 1
+    wait_until(made.drain)
     assert (deliveries, bank.effects(), bank.dead()) == ([1, 1, 1], ["a"], [])
+
+
+def test_a_handler_that_ends_its_connection_each_time_lets_others_pass(bank):
+    """Whether it does, or PostgreSQL was away twice, cannot be told: it keeps its deliveries."""
+
+    def act(event, session) -> None:
+        if event.data == "a":
+            pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
+            bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+            session.execute(text("SELECT 1"))
+
+    made = bank.consumer(act, inbox=True)
+    bank.add("a")
+    bank.add("b")
+
+    def b_is_handled() -> bool:
+        with suppress(DatabaseUnavailable):
+            made.run_once()
+        return bank.effects() == ["b"]
+
+    wait_until(b_is_handled)
+    assert bank.handled[:3] == ["a", "a", "b"]
+    assert bank.pending()["a"] == 1
+
+
+@pytest.mark.parametrize("state", ["53200", "53400"])
+def test_a_limit_that_a_handlers_own_statement_meets_is_a_failure(bank, state):
+    """Its locks do not fit in memory, say, or its sort on the disk that it may use."""
+
+    def act(event, session) -> None:
+        session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'too much' USING ERRCODE = '{state}'; END $$"))
+
+    made = bank.consumer(act, inbox=True, max_deliveries=1)
+    bank.add("a")
+    assert made.drain() == 1
+    assert "too much" in bank.dead()[0]["dlq:error"]
+
+
+def test_a_purge_that_waits_stops_no_heartbeat_and_no_end(bank, monkeypatch):
+    beats, renew = [], Groups.renew
+
+    async def counted(self, lane, ids):
+        beats.append(ids)
+        return await renew(self, lane, ids)
+
+    def act(event, session) -> None:
+        raise Retry(after=timedelta(hours=1))
+
+    monkeypatch.setattr(Groups, "renew", counted)
+    note(bank, {1: 1000})
+    made = bank.consumer(act, inbox=True, claim_idle=timedelta(milliseconds=300))
+    with psycopg.connect(bank.database_url.replace("+psycopg", "")) as other:
+        other.execute("SELECT FROM outbox_inbox FOR UPDATE")
+        with made.running():
+            waits = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'DELETE%'"
+            wait_until(lambda: bank.sql.execute(waits).fetchone(), "a purge that waits")
+            bank.add("a")
+            wait_until(lambda: bank.handled)
+            seen = len(beats)
+            wait_until(lambda: len(beats) > seen + 3, "a heartbeat")
+        assert noted(bank) == [1]
 
 
 @pytest.mark.parametrize("within", ["its own database", "another"])
@@ -243,7 +305,7 @@ def test_a_handler_that_is_idle_in_its_transaction_for_too_long_has_failed(bank)
         session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 1"))
         pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
         wait_until(
-            lambda: not bank.sql.execute("SELECT FROM pg_stat_activity WHERE pid = %s", (pid,)).fetchone()
+            lambda: not bank.sql.execute("SELECT pid FROM pg_stat_activity WHERE pid = %s", (pid,)).fetchone()
         )
         session.execute(text("SELECT 1"))
 
