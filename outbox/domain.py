@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from outbox.errors import InvalidCommand, RolledBack
+from outbox.errors import InvalidCommand, InvalidSetting, RolledBack
+from outbox.loop import makes_coroutines
 from outbox.priority import processing_priority
 
 if TYPE_CHECKING:  # it needs greenlet, which a synchronous service has no need of
@@ -46,16 +48,20 @@ class _Commands:
     def handles(self, command: type) -> Callable[[H], H]:
         """Make the decorated function the handler of a class of commands: `handler(command, session)`.
 
-        Raises InvalidCommand when there is one already.
+        Raises InvalidCommand when there is one already, or for a coroutine function where none would be awaited.
         """
 
         def register(handler: H) -> H:
+            self._check(handler)
             if command in self._handlers:
                 raise InvalidCommand(f"{command.__name__} has a handler already: {self._handlers[command]!r}")
             self._handlers[command] = handler
             return handler
 
         return register
+
+    def _check(self, handler: Callable[..., Any]) -> None:
+        """Refuse a function that this domain cannot run."""
 
     def _handler(self, command: object) -> Callable[..., Any]:
         try:
@@ -73,14 +79,27 @@ class Domain(_Commands):
     """Run each command and what it causes in one transaction: `Domain(sessionmaker(engine))`.
 
     An exception rolls all of it back and reaches the caller. With an `async_sessionmaker`, an AsyncDomain is
-    made.
+    made. Raises InvalidSetting for what is neither: a scoped session holds its own as `session_factory`.
     """
 
     def __new__(cls, sessions: sessionmaker[Session] | async_sessionmaker[Any]) -> Any:
-        return super().__new__(cls) if isinstance(sessions, sessionmaker) else AsyncDomain(sessions)
+        if isinstance(sessions, sessionmaker):
+            return super().__new__(cls)
+        asynchronous = sys.modules.get("sqlalchemy.ext.asyncio")
+        if asynchronous and isinstance(sessions, asynchronous.async_sessionmaker):
+            return AsyncDomain(sessions)
+        raise InvalidSetting(
+            f"sessions: a sessionmaker or async_sessionmaker is needed, not {type(sessions).__name__}"
+        )
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
         super().__init__(sessions)
+
+    def _check(self, handler: Callable[..., Any]) -> None:
+        if makes_coroutines(handler):
+            raise InvalidCommand(
+                f"{handler!r} is an `async def`, which a domain of a sessionmaker does not await"
+            )
 
     def process(self, command: object, *, priority: int | None = None) -> Any:
         """Run the command's handler and commit; return what it returned. Inside another command, join it.
@@ -110,6 +129,12 @@ class Domain(_Commands):
 
 class AsyncDomain(_Commands):
     """Domain for `async_sessionmaker`: handlers are coroutine functions, and `process` is awaited."""
+
+    def _check(self, handler: Callable[..., Any]) -> None:
+        if not makes_coroutines(handler):
+            raise InvalidCommand(
+                f"{handler!r} is no `async def`, which a domain of an async_sessionmaker awaits"
+            )
 
     async def process(self, command: object, *, priority: int | None = None) -> Any:
         """Run the command's handler and commit; see `Domain.process`. Another task has its own transaction."""

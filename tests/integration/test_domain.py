@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session as OrmSession
+from sqlalchemy.orm import scoped_session, sessionmaker
 
 from outbox import (
     AsyncDomain,
@@ -23,6 +24,7 @@ from outbox import (
     processing_priority,
     publish,
 )
+from outbox.errors import InvalidSetting
 from tests.service import Base, Counted, Customer, rows
 
 
@@ -66,6 +68,24 @@ def domain(engine, Session):
                 raise
 
     return domain
+
+
+async def of_asyncio(command: object, session: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("wrong", [None, scoped_session(sessionmaker()), OrmSession, lambda: OrmSession()])
+def test_a_domain_of_no_sessionmaker_is_refused(wrong):
+    with pytest.raises(InvalidSetting, match=r"^sessions: a sessionmaker or async_sessionmaker is needed"):
+        Domain(wrong)
+
+
+def test_a_handler_that_nobody_would_await_is_refused():
+    with pytest.raises(InvalidCommand, match=r"of_asyncio.*does not await"):
+        Domain(sessionmaker()).handles(Fail)(of_asyncio)
+    with pytest.raises(InvalidCommand, match=r"awaits"):
+        Domain(async_sessionmaker()).handles(Fail)(lambda command, session: None)
+    Domain(async_sessionmaker()).handles(Fail)(of_asyncio)
 
 
 def customers(engine) -> int:
