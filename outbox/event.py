@@ -9,6 +9,7 @@ import builtins
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from enum import Enum
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
+from math import isfinite
 from time import time_ns
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
@@ -50,7 +52,7 @@ HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_HEADERS = 64
 
 
-class Recorded(NamedTuple):
+class Recorded(msgspec.Struct, frozen=True, gc=False):
     """One event as the outbox stores it; the fields are columns of the table `outbox`."""
 
     event_id: UUID
@@ -59,8 +61,8 @@ class Recorded(NamedTuple):
     key: str | None
     priority: int
     available_at: datetime | None
-    payload: str  # JSON, the very text that becomes `data` in the stream
-    headers: str | None  # a JSON object of strings
+    payload: msgspec.Raw  # JSON, the very text that becomes `data` in the stream
+    headers: msgspec.Raw | None  # a JSON object of strings
 
 
 class Waiting(NamedTuple):
@@ -150,7 +152,7 @@ def encode(
         key=None if key is None else _check_key(key),
         priority=current_priority() if priority is None else check_priority(priority),
         available_at=_check_moment(available_at),
-        payload=_to_json(payload, kind.type, kind.max_bytes, kind.max_depth),
+        payload=msgspec.Raw(_to_json(payload, kind.type, kind.max_bytes, kind.max_depth)),
         headers=_encode_headers(headers),
     )
 
@@ -227,23 +229,25 @@ def _fields(value: Any) -> Any:
     The class is asked, as an object may claim anything of itself: a mock is made of mocks without end.
     """
     cls: Any = type(value)
-    if issubclass(cls, dict):
-        return value
-    if hasattr(cls, "model_dump"):
-        return value.model_dump(mode="json")
-    if hasattr(cls, "__struct_fields__"):
-        return msgspec.to_builtins(value, enc_hook=_plain)
-    return {name: getattr(value, name) for name in _attributes(cls)}
+    return _reader(cls)(value)
 
 
 @cache
-def _attributes(cls: builtins.type) -> tuple[str, ...]:
-    """Return the names of a dataclass' or attrs class' fields, or raise TypeError for another."""
+def _reader(cls: Any) -> Callable[[Any], Any]:
+    """Return the function that reads the fields of a class, or raise TypeError when it has none."""
+    if issubclass(cls, dict):
+        return lambda value: value
+    if hasattr(cls, "model_dump"):
+        return lambda value: value.model_dump(mode="json")
+    if hasattr(cls, "__struct_fields__"):
+        return lambda value: msgspec.to_builtins(value, enc_hook=_plain)
     if dataclasses.is_dataclass(cls):
-        return tuple(field.name for field in dataclasses.fields(cls))
-    if hasattr(cls, "__attrs_attrs__"):
-        return tuple(field.name for field in cls.__attrs_attrs__)
-    raise TypeError(f"a {cls.__name__} cannot be encoded as JSON")
+        names = [field.name for field in dataclasses.fields(cls)]
+    elif hasattr(cls, "__attrs_attrs__"):
+        names = [field.name for field in cls.__attrs_attrs__]
+    else:
+        raise TypeError(f"a {cls.__name__} cannot be encoded as JSON")
+    return lambda value: {name: getattr(value, name) for name in names}
 
 
 def _plain(value: Any) -> Any:
@@ -262,7 +266,10 @@ def _plain(value: Any) -> Any:
     return _fields(value)
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain).encode
+# A value that holds itself ends the recursion.
+_encoder = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain, check_circular=False
+).encode
 
 
 def _to_json(payload: dict[str, Any], name: str, max_bytes: int, max_depth: int) -> str:
@@ -298,7 +305,7 @@ def _faults(value: Any, path: str, levels: int) -> Iterator[tuple[str, str]]:
         if fault := _text_fault(value):
             yield path, fault
     elif issubclass(kind, float):
-        if value != value or value in (float("inf"), float("-inf")):
+        if not isfinite(value):
             yield path, f"{value} is no number in JSON"
     elif issubclass(kind, (dict, list, tuple)):
         if levels == 0:
@@ -323,6 +330,8 @@ def _faults(value: Any, path: str, levels: int) -> Iterator[tuple[str, str]]:
 def _name_fault(name: object) -> str | None:
     if isinstance(name, str):
         return _text_fault(name)
+    if isinstance(name, float) and not isfinite(name):
+        return f"{name} is no number in JSON"
     if name is None or isinstance(name, (int, float)):
         return None
     return f"a name must be a string, not a {name.__class__.__name__}"
@@ -396,7 +405,7 @@ def _check_moment(moment: datetime | None) -> datetime | None:
         raise InvalidEvent(f"available_at: {moment} is out of range in UTC") from None
 
 
-def _encode_headers(headers: Mapping[str, str] | None) -> str | None:
+def _encode_headers(headers: Mapping[str, str] | None) -> msgspec.Raw | None:
     """Return the headers as JSON, with those that tell of the event's cause and of the current trace."""
     carried = headers_of_cause() | current_trace()
     for name, value in carried.items():  # somebody else may have written the entry that they are of
@@ -409,7 +418,7 @@ def _encode_headers(headers: Mapping[str, str] | None) -> str | None:
     text = _encoder(carried)
     if len(text.encode()) > MAX_BYTES:
         raise InvalidEvent(f"headers: more than {MAX_BYTES} bytes")
-    return text
+    return msgspec.Raw(text)
 
 
 def _check_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -595,8 +604,7 @@ def decoder(cls: builtins.type | None) -> Callable[[bytes], Any]:
     if cls is None:
         return msgspec.json.decode
     if hasattr(cls, "model_validate_json"):
-        validate: Callable[[bytes], Any] = cls.model_validate_json
-        return validate
+        return _validator(cls)
     try:
         return msgspec.json.Decoder(cls, dec_hook=_convert).decode
     except (TypeError, NameError) as error:
@@ -605,6 +613,18 @@ def decoder(cls: builtins.type | None) -> Callable[[bytes], Any]:
 
 def _convert(cls: Any, value: Any) -> Any:
     """Decode a field of a class that msgspec does not know."""
-    if hasattr(cls, "model_validate"):
-        return cls.model_validate(value)
+    if hasattr(cls, "model_validate_json"):
+        return _validator(cls)(msgspec.json.encode(value))
     return cls(value)
+
+
+@cache
+def _validator(cls: Any) -> Callable[[bytes], Any]:
+    """Return what makes an instance of a pydantic model from JSON: by the names of its fields, as it is encoded.
+
+    Until pydantic 2.11, a model with aliases has to allow that itself (`populate_by_name`).
+    """
+    validate = cls.model_validate_json
+    if "by_name" in inspect.signature(validate).parameters:
+        return partial(validate, by_alias=True, by_name=True)
+    return partial(validate)

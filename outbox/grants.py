@@ -29,7 +29,7 @@ RIGHTS: dict[str, Rights] = {
     "service": {
         # The insert does nothing where the id waits already, and must read the id for that. The rest has
         # defaults, which need no right: a service cannot choose its place in the order.
-        "outbox": {"INSERT": Recorded._fields, "SELECT": ("event_id",)},
+        "outbox": {"INSERT": Recorded.__struct_fields__, "SELECT": ("event_id",)},
     },
     "relay": {
         "outbox": {"SELECT": (), "INSERT": (), "DELETE": ()},

@@ -67,6 +67,8 @@ class processing_priority:
     Scopes nest, the innermost wins, and the previous one is restored however the block ends. Tasks, and
     threads started by `asyncio.to_thread`, inherit the scope; `executor.submit` and `loop.run_in_executor`
     do not, and what they record would flood the primary lane: wrap their function in `carry_priority`.
+    Round a `yield` of an asynchronous generator it needs `contextlib.aclosing`: asyncio closes one that was left
+    early in another context, which cannot end the scope in this one.
 
     Raises InvalidPriority when the priority is no integer of a smallint.
     """

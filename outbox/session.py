@@ -48,12 +48,14 @@ from outbox.tables import outbox
 
 S = TypeVar("S")
 
-INFO = "outbox"  # key in `session.info`
+RECORDER = (
+    "_outbox_recorder"  # key in a session's __dict__: `info` is the service's, and may be copied or cleared
+)
 OWN = "_outbox_own"  # key in an aggregate's __dict__
 PAGE = 1000  # events that one statement inserts
-# Characters of payload and headers after which it takes no more; PostgreSQL's messages end at 1 GB. At four bytes
-# each they are 64 MiB, and counting bytes would mean encoding twice.
-PAGE_SIZE = 16 << 20
+PAGE_BYTES = (
+    64 << 20
+)  # of payload and headers, after which it takes no more; PostgreSQL's messages end at 1 GB
 
 
 def publish(
@@ -228,19 +230,17 @@ def _insert() -> Any:
 
     One parameter costs less than one a column; what stands in a column of JSON is taken as it is written.
     """
-    columns = [column(name, outbox.c[name].type) for name in Recorded._fields]
+    columns = [column(name, outbox.c[name].type) for name in Recorded.__struct_fields__]
     events = cast(bindparam("events", type_=Text()), JSON)
     rows = func.json_to_recordset(events).table_valued(*columns).render_derived(with_types=True)
     return (
         insert(outbox)
-        .from_select(Recorded._fields, select(*rows.c))
+        .from_select(Recorded.__struct_fields__, select(*rows.c))
         .on_conflict_do_nothing(index_elements=["event_id"])
     )
 
 
 INSERT = _insert()
-
-_Row = msgspec.defstruct("_Row", Recorded._fields)
 
 
 def _pages(rows: Iterable[Recorded]) -> Iterator[list[Recorded]]:
@@ -249,8 +249,8 @@ def _pages(rows: Iterable[Recorded]) -> Iterator[list[Recorded]]:
     size = 0
     for row in rows:
         page.append(row)
-        size += len(row.payload) + len(row.headers or "")
-        if len(page) == PAGE or size >= PAGE_SIZE:
+        size += len(row.payload) + len(row.headers or b"")
+        if len(page) == PAGE or size >= PAGE_BYTES:
             yield page
             page, size = [], 0
     if page:
@@ -258,10 +258,8 @@ def _pages(rows: Iterable[Recorded]) -> Iterator[list[Recorded]]:
 
 
 def _json(rows: Sequence[Recorded]) -> str:
-    """Return the rows as INSERT takes them. The last two columns are JSON already."""
-    raw = msgspec.Raw
-    plain = [_Row(*row[:-2], raw(row.payload), row.headers and raw(row.headers)) for row in rows]
-    return msgspec.json.encode(plain, enc_hook=_plain).decode()
+    """Return the rows as INSERT takes them."""
+    return msgspec.json.encode(rows, enc_hook=_plain).decode()
 
 
 def _plain(value: Any) -> Any:
@@ -274,7 +272,7 @@ def _plain(value: Any) -> Any:
 def _sync_session(session: Any) -> Session:
     """Return the Session behind an AsyncSession or a scoped one, or raise InvalidEvent."""
     if not isinstance(session, Session):
-        if callable(session):  # a scoped session
+        if hasattr(session, "registry"):  # a scoped session; what makes sessions is callable, too
             session = session()
         session = getattr(session, "sync_session", session)
     if not isinstance(session, Session):
@@ -293,10 +291,15 @@ def _recorder(session: Session) -> _Recorder:
                     "no event can be recorded when the session's transaction has ended: publish before the "
                     f"commit, or in a new transaction ({first_line(error)})"
                 ) from error
-    if INFO not in session.info:
-        session.info[INFO] = _Recorder(session)
-    recorder: _Recorder = session.info[INFO]
+    recorder = _recorder_of(session)
+    if recorder is None:
+        recorder = vars(session)[RECORDER] = _Recorder(session)
     return recorder
+
+
+def _recorder_of(session: Session) -> _Recorder | None:
+    """Return the session's recorder; None: it has recorded nothing yet."""
+    return vars(session).get(RECORDER)
 
 
 def _take_all(session: Session, owner: Any, values: Mapping[str, Any]) -> None:
@@ -311,14 +314,14 @@ def _take_all(session: Session, owner: Any, values: Mapping[str, Any]) -> None:
 
 @event.listens_for(Session, "after_flush_postexec")
 def _on_flush(session: Session, context: Any) -> None:
-    if recorder := session.info.get(INFO):
+    if recorder := _recorder_of(session):
         recorder.insert()
 
 
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
     """Insert what `expunge_all` has kept from the flush, after the rows that the commit would flush."""
-    if recorder := session.info.get(INFO):
+    if recorder := _recorder_of(session):
         if not session._flushing:  # a savepoint within a hook of a flush
             session.flush()
         recorder.insert()
@@ -332,20 +335,20 @@ def _on_savepoint(session: Session, transaction: SessionTransaction) -> None:
 
 @event.listens_for(Session, "after_commit")
 def _on_commit(session: Session) -> None:
-    if recorder := session.info.get(INFO):
+    if recorder := _recorder_of(session):
         recorder.keep()
 
 
 @event.listens_for(Session, "after_rollback")
 def _on_rollback(session: Session) -> None:
-    if recorder := session.info.get(INFO):
+    if recorder := _recorder_of(session):
         recorder.undo()
 
 
 # It comes before the hooks of others, which may record in the next transaction.
 @event.listens_for(Session, "after_transaction_end", insert=True)
 def _on_end(session: Session, transaction: SessionTransaction) -> None:
-    if recorder := session.info.get(INFO):
+    if recorder := _recorder_of(session):
         around = transaction.parent
         if transaction.nested or around is None:
             recorder.end(transaction)
@@ -364,7 +367,7 @@ def _on_add(session: Session, instance: Any) -> None:
 
 @event.listens_for(Session, "pending_to_transient", raw=True)
 def _on_expunge(session: Session, state: InstanceState[Any]) -> None:
-    if recorder := session.info.get(INFO):
+    if recorder := _recorder_of(session):
         recorder.give_back(state)
 
 
@@ -393,5 +396,7 @@ class _Events(MapperProperty[Any]):
 
 @event.listens_for(RecordsEvents, "after_mapper_constructed", propagate=True)
 def _on_mapped(mapper: Mapper[Any], cls: type) -> None:
-    if not mapper.has_property(OWN):
+    # One of concrete inheritance has a placeholder for what its parent has.
+    inherited = mapper.has_property(OWN) and mapper.get_property(OWN, _configure_mappers=False)
+    if not isinstance(inherited, _Events):
         mapper.add_property(OWN, _Events())

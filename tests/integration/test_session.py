@@ -455,6 +455,12 @@ def test_mappings_of_every_kind(engine, session):
         id: Mapped[int] = mapped_column(ForeignKey("parent.id"), primary_key=True)
         __mapper_args__ = {"polymorphic_identity": "child"}  # noqa: RUF012
 
+    class Concrete(Parent):
+        __tablename__ = "concrete"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str]
+        __mapper_args__ = {"polymorphic_identity": "concrete", "concrete": True}  # noqa: RUF012
+
     class Imperative(RecordsEvents):
         def __init__(self, id: str) -> None:
             self.id = id
@@ -465,11 +471,19 @@ def test_mappings_of_every_kind(engine, session):
     )
     for metadata in (Own.metadata, Plain.metadata, mapped.metadata):
         metadata.create_all(engine)
-    for n, made in enumerate((Dataclassed(id=1), Parent(id=1), Child(id=2), Imperative(id="x")), 1):
+    kinds = (
+        Dataclassed(id=1),
+        Parent(id=1),
+        Parent(id=3),
+        Child(id=2),
+        Imperative(id="x"),
+        Concrete(id=4, kind=""),
+    )
+    for n, made in enumerate(kinds, 1):
         made.record(Counted(n))
         session.add(made) if n % 2 else session.merge(made)
     session.commit()
-    assert counted(engine) == [1, 2, 3, 4]
+    assert counted(engine) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("all_objects", [False, True])
@@ -856,7 +870,7 @@ def test_any_number_of_events_keeps_its_order(engine, session):
 
 
 def test_large_events_are_inserted_a_few_at_a_time(engine, session, statements, monkeypatch):
-    monkeypatch.setattr("outbox.session.PAGE_SIZE", 150)
+    monkeypatch.setattr("outbox.session.PAGE_BYTES", 150)
     for n in range(7):
         options = {"headers": {"h": "x" * 80}} if n > 3 else {}
         publish(session, {"n": n, "text": "x" * (300 if n == 2 else 80)}, type="T", stream="s", **options)
@@ -1058,9 +1072,23 @@ def test_bad_input_runs_no_sql_and_leaves_the_session_usable(engine, session, st
     assert counted(engine) == [1, 2]
 
 
-def test_what_is_no_session_is_refused():
+@pytest.mark.parametrize(
+    "wrong", [object(), Session, sessionmaker(), async_sessionmaker(), lambda: Session()]
+)
+def test_what_is_no_session_is_refused(wrong):
     with pytest.raises(InvalidEvent, match=r"^session: a Session or AsyncSession is needed"):
-        publish(object(), Counted(1))
+        publish(wrong, Counted(1))
+
+
+def test_what_a_service_keeps_in_the_info_of_its_session_is_its_own(engine, session):
+    publish(session, Counted(1))
+    session.info.clear()
+    with Session(engine, info=session.info) as other:
+        publish(other, Counted(2))
+        other.commit()
+    assert counted(engine) == [2]
+    session.commit()
+    assert counted(engine) == [2, 1]
 
 
 def test_a_session_that_has_an_engine_for_each_class_needs_none_for_anything_else(engine):
