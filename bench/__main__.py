@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, Goal, console, show_goals
-from plots import show, show_summary
+from plots import Chart, show, show_summary
 
 FOLDER = Path(__file__).parent
 # The arguments of each; and those of --full.
@@ -48,9 +48,13 @@ def run(name: str, full: bool) -> list[Path]:
 
 
 def newest_kept(name: str) -> list[Path]:
-    """Return the newest file of each kind that is kept of a benchmark: relay-<date>, relay_1000000-<date>."""
-    newest = {path.name.split("-")[0]: path for path in sorted(RESULTS.glob(f"{name}[-_]*.json"))}
-    return list(newest.values())
+    """Return the newest file of a benchmark that is kept, and of each part of it that was run alone, oldest first."""
+    newest = {path.name.split("-")[0]: path for path in sorted(RESULTS.glob(f"{name}[-_]*.json"), key=_date)}
+    return sorted(newest.values(), key=_date)
+
+
+def _date(path: Path) -> str:
+    return path.stem.partition("-")[2]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -66,18 +70,22 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="as the goals say, for hours")
     parser.add_argument("--kept", action="store_true", help="run nothing, show what was found last")
     options = parser.parse_args()
-    failed, goals = [], list[Goal]()
+    failed: list[str] = []
+    goals: dict[str, Goal] = {}  # by what they are of; the newest counts
+    charts: dict[str, Chart] = {}
     for name in options.only:
         paths = newest_kept(name) if options.kept else run(name, options.full)
         if not paths:
             failed.append(name)
-        results = [result for path in paths for result in read(path)]
-        goals += [row for result in results for row in result["goals"]]
-        for chart in (chart for result in results for chart in result.get("charts", ()) if options.kept):
-            show(chart)
+        for result in (result for path in paths for result in read(path)):
+            goals |= {row["goal"]: row for row in result["goals"]}
+            charts |= {chart["file"]: chart for chart in result.get("charts", ())}
+    for chart in charts.values() if options.kept else ():
+        show(chart)
     console.rule("all")
-    show_goals(goals)
-    show_summary(goals)
+    show_goals([*goals.values()])
+    if options.only == list(BENCHMARKS):
+        show_summary([*goals.values()])
     if failed:
         console.print(f"no figures of: {', '.join(failed)}")
     return 1 if failed else 0

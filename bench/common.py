@@ -510,17 +510,20 @@ def number(value: float) -> str:
     return f"{value:,.{0 if size >= 100 else 1 if size >= 20 else 2}f}"
 
 
-def finish(bench: str, facts: dict[str, Any], results: list[dict[str, Any]], keep: bool) -> None:
-    """Show the goals of all results, and keep what was found if wanted."""
+def finish(
+    bench: str, facts: dict[str, Any], results: list[dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """Show the goals of all results, and keep what was found if wanted, a part of a benchmark under its own name."""
     if goals := [row for result in results for row in result["goals"]]:
         show_goals(goals)
-    if keep:
-        save(bench, facts, results)
+    if options.save:
+        part = getattr(options, "only", None)
+        save(f"{bench}_{part}" if part else bench, facts, results)
 
 
-def save(bench: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def save(name: str, facts: dict[str, Any], results: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{bench}-{facts['date'][:19].replace(':', '')}.json"
+    path = RESULTS / f"{name}-{facts['date'][:19].replace(':', '')}.json"
     path.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
     console.print(f"written: {path.relative_to(RESULTS.parent.parent)}")
 

@@ -298,7 +298,7 @@ def main() -> int:
             "inbox": lambda: compare(bench, options.events // 10, options.runs, with_inbox=True),
         }
         results = [measure() for name, measure in measures.items() if options.only in (None, name)]
-        finish("consumer", facts, results, options.save)
+        finish("consumer", facts, results, options)
     return 0
 
 

@@ -306,7 +306,7 @@ def main() -> int:
                 console.print(f"\nrate against {name}, {options.runs} runs of each point")
                 arguments = (options.backlogs, options.runs) if name == "backlog" else (options.runs,)
                 results.append(measure(bench, *arguments))
-        finish("growth", facts, results, options.save)
+        finish("growth", facts, results, options)
     return 0
 
 

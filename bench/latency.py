@@ -151,7 +151,7 @@ def main() -> int:
         facts = about(bench)
         bench.warm_up()
         results = [latency(bench, options.runs, options.seconds, options.per_second)]
-        finish("latency", facts, results, options.save)
+        finish("latency", facts, results, options)
     return 0
 
 

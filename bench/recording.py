@@ -404,7 +404,7 @@ def main() -> int:
         if options.only in (None, "wake"):
             for backlog in (options.backlog, 0):
                 results.append(wake(bench, backlog, options.writers[-1], runs, seconds))
-        finish("recording", facts, results, options.save)
+        finish("recording", facts, results, options)
     return 0
 
 

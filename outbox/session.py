@@ -9,7 +9,8 @@ An event shares the fate of its object's columns. An object that is new when a t
 transient again, with all it holds; its events become its own again with it, and are recorded when it is added or
 merged once more. So do the events of an object that is expunged before the flush that would write it, and of one
 that is in no session when the transaction ends: it was merged, expunged, or the session is closed without a
-rollback. The rollback expires what stays in the session, and its events are forgotten.
+rollback. The rollback expires what stays in the session, and its events are forgotten. (An `expire` of the service's
+own drops the columns that were changed, and no event.)
 """
 
 from __future__ import annotations
