@@ -50,6 +50,7 @@ from outbox.streams import Streams, redis_in_clear
 
 log = logging.getLogger("outbox.cli")
 
+URL_FLAGS = ("--database-url", "--redis-url")
 EPILOG = """\b
 Exit codes:
   0      done; after a first SIGTERM or Ctrl-C of what is endless, too
@@ -362,16 +363,22 @@ def _hide_passwords() -> None:
 
 
 def _take_urls(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Part the flags of URLs, as variables, from the other arguments."""
+    """Part the flags of URLs, as variables, from the other arguments.
+
+    One that its command does not have stays where it is, to be refused.
+    """
     kept: list[str] = []
     urls: dict[str, str] = {}
+    command: click.Command = cli
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if argument == "--":
             kept += [argument, *rest]
-        elif flag not in ("--database-url", "--redis-url"):
+        elif flag not in URL_FLAGS or not any(flag in option.opts for option in command.params):
             kept.append(argument)
+            if isinstance(command, click.Group):
+                command = command.commands.get(argument, command)
         elif equals or (value := next(rest, "")):
             urls[settings.PREFIX + flag[2:].replace("-", "_").upper()] = value
         else:

@@ -829,6 +829,26 @@ def test_a_password_is_not_in_the_process_list(
     assert NOWHERE in errors
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dead", "list", "--redis-url", f"redis://:{CANARY}@{NOWHERE}"],
+        ["migrate", "--sql", f"--redis-url=redis://:{CANARY}@{NOWHERE}"],
+        ["dlq", "list", "--database-url", f"postgresql://u:{CANARY}@{NOWHERE}/d"],
+        ["--redis-url", f"redis://:{CANARY}@{NOWHERE}", "status"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1][:8]}",
+)
+def test_a_password_does_not_make_a_flag_of_a_command_that_has_none(
+    start: Start, arguments: list[str]
+) -> None:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, output) == (2, "")
+    assert "No such option" in errors
+    assert CANARY not in errors
+
+
 # -- the demo --------------------------------------------------------------------------------------
 
 
