@@ -18,7 +18,6 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 
@@ -40,7 +39,7 @@ from outbox.command import (
 )
 from outbox.consume import consume
 from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuitable, first_line
-from outbox.loop import Backoff, stop_on_signals
+from outbox.loop import stop_on_signals
 from outbox.relay import Relay
 from outbox.report import counted, printable, progress, start_logging
 from outbox.settings import Settings, is_local, safe_url
@@ -124,10 +123,10 @@ def run(config: Settings, once: bool, timeout: float | None) -> None:
     relay = Relay(config)
     with stop_on_signals(relay.stop), closing(relay):
         _say_started(config)
+        _refuse_unsuitable(relay)
         if once:
             _run_once(relay, config, 30.0 if timeout is None else timeout)
         else:
-            _await_servers(relay, 0)
             relay.run()
     log.info("", extra={"action": "relay_stopped", "fields": {"published": relay.published}})
 
@@ -152,30 +151,21 @@ def _warn_of_clear_text(name: str, hosts: Iterable[str], cure: str) -> None:
         )  # fmt: skip
 
 
-def _await_servers(relay: Relay, seconds: float) -> Unavailable | None:
-    """Refuse servers that must not be used; return what is still wrong with others after a while.
+def _refuse_unsuitable(relay: Relay) -> None:
+    """Refuse servers that must not be used; the relay itself waits for one that is away.
 
     Raises Unsuitable or NotMigrated.
     """
-    pauses, deadline = Backoff(0.1, 2.0), time.monotonic() + seconds
-    while not relay.stop.is_set():
-        try:
-            relay.check()
-            break
-        except Unsuitable:
-            raise
-        except Unavailable as error:
-            log.warning("%s; trying until it answers", error, extra={"action": "relay_waits"})
-            if time.monotonic() >= deadline:
-                return error
-            relay.stop.wait(min(pauses.next(), deadline - time.monotonic()))
-    return None
+    try:
+        relay.check()
+    except Unsuitable:
+        raise
+    except Unavailable:
+        pass
 
 
 def _run_once(relay: Relay, config: Settings, timeout: float) -> None:
     try:
-        if error := _await_servers(relay, timeout):
-            raise error
         with progress(lambda: f"{counted(relay.published, 'event')} published ..."):
             relay.drain(timeout)
     except Unsuitable:
