@@ -83,7 +83,7 @@ def temporary_site(config: Settings, room: int, say: Callable[[str], None]) -> I
                 _make(site)
                 yield site
             finally:
-                with signals_handled_by(signal.SIG_IGN):
+                with signals_handled_by(signal.SIG_IGN, hangup=True):
                     _remove(site)
 
 
