@@ -318,8 +318,7 @@ def demo() -> None:
         from outbox import demo as show
     except ImportError as error:
         raise Failed(
-            f"the demo needs the package {error.name}; install its extras: pip install 'outbox-relay[demo]'",
-            1,
+            f'the demo needs the package {error.name}: pip install ".[demo]" in a checkout of outbox', 1
         ) from error
     click.get_current_context().exit(show.run(Console()))
 

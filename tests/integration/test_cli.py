@@ -892,7 +892,7 @@ def test_demo_without_its_packages_says_what_to_install(
     monkeypatch.setitem(sys.modules, "outbox.demo", None)
     result = invoke("demo")
     assert result.exit_code == 1
-    assert "pip install" in result.stderr
+    assert 'pip install ".[demo]" in a checkout of outbox' in result.stderr
 
 
 def on_terminal(arguments: list[str], env: dict[str, str], typed: str = "") -> tuple[int, str]:
