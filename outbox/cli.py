@@ -32,6 +32,7 @@ from outbox.command import (
     REDIS,
     Commands,
     Failed,
+    debug_option,
     failure,
     need_database,
     open_store,
@@ -302,6 +303,7 @@ def prune(config: Settings) -> None:
 
 
 @cli.command(short_help="Show the outbox at work, on servers of its own.")
+@debug_option
 def demo() -> None:
     """Show the outbox at work, on servers of its own that are gone afterwards.
 

@@ -105,7 +105,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
             return function(settings.load(flags, config=config), **given)
 
         wrapped: Callable[..., Any] = command
-        wrapped = _config_option(_debug_option(wrapped))
+        wrapped = _config_option(debug_option(wrapped))
         for name in reversed(names):
             wrapped = _option(name)(wrapped)
         return wrapped
@@ -131,7 +131,7 @@ def _debug(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     ctx.meta[DEBUG] = wanted
 
 
-_debug_option = click.option(
+debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_debug, help="show tracebacks"
 )
 _config_option = click.option("--config", metavar="FILE", help="TOML file with settings")

@@ -885,6 +885,17 @@ def test_demo_ends_with_its_own_exit_code(invoke: Invoke, monkeypatch: pytest.Mo
     assert invoke("demo").exit_code == 7
 
 
+def test_demo_shows_where_a_bug_is_if_debug_is_asked_for(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(console: Any) -> int:
+        raise RuntimeError("no good")
+
+    monkeypatch.setattr("outbox.demo", types.SimpleNamespace(run=broken), raising=False)
+    assert invoke("demo").stderr == "Error: RuntimeError: no good (--debug shows where)\n"
+    assert "in broken" in invoke("demo", "--debug").stderr
+
+
 def test_demo_without_its_packages_says_what_to_install(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
