@@ -255,9 +255,14 @@ def grants_command(
       outbox-relay grants --reader dashboards --apply
       outbox-relay grants --redis --relay outbox-relay --stream customer
     """
-    roles = {role: name for role, name in given.items() if name}
+    roles = {role: name for role, name in given.items() if name is not None}
     if not roles:
         raise click.UsageError("Name a role: --service, --relay, --reader, --consumer or --operator.")
+    for role, name in roles.items():
+        if not name:  # of an unset variable, say
+            raise click.UsageError(f"--{role}: the name is empty.")
+    if streams and not for_redis:
+        raise click.UsageError("--stream needs --redis: in PostgreSQL all streams are in one table.")
     if for_redis:
         if wanted or "service" in roles:
             raise click.UsageError("--redis only prints, and a service needs no Redis.")
@@ -271,6 +276,9 @@ def grants_command(
         need_database(config)
         grants.apply(config.database_url, given_rights)
     click.echo("\n".join(f"{statement.as_string()};" for statement in given_rights))
+    if wanted:
+        names = ", ".join(dict.fromkeys(roles.values()))
+        click.echo(printable(f"granted to {names} in the schema {config.schema}"), err=True)
 
 
 @cli.command()

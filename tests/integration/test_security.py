@@ -209,6 +209,14 @@ def test_grants_print_sql_that_does_the_same(granted, database_url, box: Box, ro
     assert box.sql.execute(rights).fetchall() == before
 
 
+def test_grants_that_are_applied_say_so_beside_the_sql(box: Box, database_url: str, roles) -> None:
+    names = ["--service", roles["service"], "--relay", roles["relay"], "--reader", roles["relay"]]
+    applied = run("grants", *names, "--apply", OUTBOX_DATABASE_URL=database_url)
+    assert applied.stderr == f"granted to {roles['service']}, {roles['relay']} in the schema public\n"
+    printed = run("grants", *names)
+    assert (printed.stdout, printed.stderr) == (applied.stdout, "")
+
+
 @pytest.mark.parametrize("role", ["relay", "service"])
 def test_who_may_not_give_rights_away_is_told(granted, database_url, box: Box, role: str) -> None:
     """PostgreSQL itself warns of it, where the role has some right of its own, and goes on."""
@@ -238,6 +246,8 @@ def test_names_are_quoted(box: Box, database_url: str) -> None:
         (["--service", "s", "--redis"], 2, "needs no Redis"),
         (["--relay", "r", "--redis", "--apply"], 2, "only prints"),
         (["--relay", "a b", "--redis"], 2, "'a b'"),
+        (["--relay", "r", "--service", ""], 2, "--service: the name is empty"),
+        (["--relay", "r", "--stream", "s"], 2, "--stream needs --redis"),
         (["--relay", "r", "--redis", "--stream", "*"], 2, "'*'"),
         (["--relay", "r", "--apply", "--database-url", "postgresql://u@127.0.0.1:1/d"], 3, "PostgreSQL"),
     ],
