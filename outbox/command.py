@@ -61,7 +61,9 @@ def failure(error: BaseException) -> Failed:
         return Failed("interrupted", 128 + signal.SIGINT)
     for kind, exit_code, advice in EXITS:
         if isinstance(error, kind):
-            return Failed(f"{str(error).rstrip('.')}. {advice}".strip(), exit_code)
+            said = str(error).rstrip(".")
+            end = "" if said.endswith("?") else "."
+            return Failed(f"{said}{end} {advice}".strip(), exit_code)
     if isinstance(error, OutboxError):
         return Failed(str(error), 1)
     return Failed(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)

@@ -184,7 +184,12 @@ def test_version(invoke: Invoke) -> None:
         (["run", "--batch-size", "0"], {}, ["--batch-size", "at least 1"]),
         (["run", "--timeout", "3"], {}, ["--timeout", "--once"]),
         (["run", "--config", "no/such.toml"], {}, ["no/such.toml"]),
-        (["status"], {"OUTBOX_BATCH_SISE": "3"}, ["OUTBOX_BATCH_SISE", "OUTBOX_BATCH_SIZE"]),
+        (["status"], {"OUTBOX_BATCH_SISE": "3"}, ["OUTBOX_BATCH_SISE", "mean OUTBOX_BATCH_SIZE?\n"]),
+        (
+            ["run"],
+            {"OUTBOX_TRACE": "/no/such"},
+            ["Error: OUTBOX_TRACE: '/no/such' cannot be opened: No such file or directory.\n"],
+        ),
         (["status"], {"OUTBOX_BATCH_SIZE": "x"}, ["OUTBOX_BATCH_SIZE", "'x'"]),
         (["status"], {"OUTBOX_REDIS_URL": "redis://h?nonsense=1"}, ["redis_url"]),
         (
