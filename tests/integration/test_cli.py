@@ -37,6 +37,7 @@ NOWHERE = "127.0.0.1:1"  # nothing listens there
 DEAD_ID = "6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c"
 UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 PATIENCE_SECONDS = 30
+PROMPT = b"? [y/N]: "
 
 
 pytestmark = pytest.mark.usefixtures("no_settings")
@@ -676,7 +677,10 @@ def test_dead_drop_deletes_only_what_was_asked_for(invoke: Invoke, database_url:
     assert (rows, execute(database_url, "SELECT 1 FROM outbox")) == ([(UNKNOWN_ID,)], [])
 
 
-@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", 1, 1), ("y\n", 0, 0)])
+@pytest.mark.parametrize(
+    ("answer", "code", "left"), [("n\n", 1, 1), ("y\n", 0, 0), ("\x04", 1, 1), ("\x03", 130, 1)],
+    ids=["no", "yes", "Ctrl-D", "Ctrl-C"],
+)  # fmt: skip
 def test_dead_drop_asks_on_a_terminal(
     variables: dict[str, str], database_url: str, stream: str, answer: str, code: int, left: int
 ) -> None:
@@ -912,19 +916,21 @@ def test_demo_without_its_packages_says_what_to_install(
 
 
 def on_terminal(arguments: list[str], env: dict[str, str], typed: str = "") -> tuple[int, str]:
-    """Run a command on a terminal of 80 columns; return its exit code and what it showed."""
+    """Run a command on a terminal of 80 columns, and type where it asks; return its exit code and what it showed."""
     process_id, terminal = pty.fork()
     if process_id == 0:
         command = [sys.executable, "-m", "outbox.cli", *arguments]
         os.execve(sys.executable, command, os.environ | env | {"COLUMNS": "80", "TERM": "xterm-256color"})
-    if typed:
-        os.write(terminal, typed.encode())
-    shown = b""
+    shown, deadline = b"", time.monotonic() + PATIENCE_SECONDS
     try:
-        while select.select([terminal], [], [], PATIENCE_SECONDS)[0]:
-            if not (part := os.read(terminal, 65536)):
+        while time.monotonic() < deadline:
+            come = select.select([terminal], [], [], 2)[0]
+            if come and not (part := os.read(terminal, 65536)):
                 break
-            shown += part
+            shown += part if come else b""
+            # Typed again where nothing comes of it: of a Ctrl-C just before it waits for a key, it hears at the next.
+            if typed and (shown.endswith(PROMPT) or (PROMPT in shown and not come)):
+                os.write(terminal, typed.encode())
     except OSError:
         pass  # how Linux says that the other side is closed
     finally:
