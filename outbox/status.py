@@ -51,7 +51,9 @@ def status(config: Settings, as_json: bool, watch: bool) -> None:
                                           to a consumer yet, pending was and is
                                           not finished; oldest is of both; []
                                           where no group reads the lane
-      batch, leader, led_at, asleep       the last batch, and who published it
+      batch, leader, led_at, asleep       the last batch, and who published it;
+                                          asleep: the relay sleeps, and the
+                                          next insert notifies it
       streams_lost, batches_lost          what Redis has lost until now
       journal                             {batches, bytes, oldest_seconds};
                                           bytes of disk
