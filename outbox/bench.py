@@ -72,8 +72,11 @@ def bench(config: Settings, events: int, payload_bytes: int, as_json: bool) -> N
     need_database(config)
     start_logging(config.log_level, config.log_format)
     stage = _Stage()
-    with signals_handled_by(stage.on_signal), progress(lambda: stage.text):
-        found = measure(config, events, payload_bytes, stage.say)
+    with signals_handled_by(stage.on_signal, hangup=True), progress(lambda: stage.text):
+        try:
+            found = measure(config, events, payload_bytes, stage.say)
+        except KeyboardInterrupt as error:
+            raise stage.interrupted() from error
     state = summary(found)
     if as_json:
         click.echo(to_json(state))
@@ -93,14 +96,20 @@ class _Stage:
     def say(self, text: str) -> None:
         """Enter a stage. Raises Failed after a signal."""
         if self._signal:
-            raise Failed("interrupted; the schema and the keys are removed", 128 + self._signal)
+            raise self.interrupted()
         self.text = text
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._signal:
-            self._signal, self._deadline = number, time.monotonic() + HANGS_SECONDS
-        elif time.monotonic() > self._deadline:
+        """Ask for the end. Raises KeyboardInterrupt where the last signal has not brought it for a while."""
+        again, now = bool(self._signal), time.monotonic()
+        if again and now < self._deadline:
+            return
+        self._signal, self._deadline = number, now + HANGS_SECONDS
+        if again:
             raise KeyboardInterrupt
+
+    def interrupted(self) -> Failed:
+        return Failed("interrupted; the schema and the keys are removed", 128 + self._signal)
 
 
 # -- what is shown ---------------------------------------------------------------------------------

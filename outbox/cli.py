@@ -18,14 +18,11 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing, nullcontext
-from typing import Any
+from contextlib import closing
 
 import click
 from rich.console import Console
-from rich.live import Live
 
 from outbox import grants, letters, settings
 from outbox.bench import bench
@@ -35,42 +32,25 @@ from outbox.command import (
     REDIS,
     Commands,
     Failed,
+    debug_option,
     failure,
     need_database,
     open_store,
     with_settings,
 )
 from outbox.consume import consume
-from outbox.errors import (
-    DatabaseUnavailable,
-    OutboxError,
-    RedisUnavailable,
-    Unavailable,
-    Unsuitable,
-    first_line,
-)
-from outbox.groups import DEAD
-from outbox.loop import Backoff, Stop, stop_on_signals
+from outbox.errors import DatabaseUnavailable, OutboxError, Unavailable, Unsuitable, first_line
+from outbox.loop import stop_on_signals
 from outbox.relay import Relay
-from outbox.report import (
-    Columns,
-    Report,
-    counted,
-    printable,
-    progress,
-    server_version,
-    shown,
-    start_logging,
-    to_json,
-)
-from outbox.settings import Settings, is_local, redact, safe_url
+from outbox.report import counted, printable, progress, start_logging
+from outbox.settings import Settings, is_local, safe_url
+from outbox.status import status
 from outbox.store import APPLICATION, database_in_clear
-from outbox.streams import Streams, memory_used, redis_in_clear
+from outbox.streams import Streams, redis_in_clear
 
 log = logging.getLogger("outbox.cli")
 
-LANE_SETTINGS = ("lanes", "threshold", "backfill_suffix", "lane_max_entries", "redis_memory_percent")
-WATCH_SECONDS = 2.0
+URL_FLAGS = ("--database-url", "--redis-url")
 EPILOG = """\b
 Exit codes:
   0      done; after a first SIGTERM or Ctrl-C of what is endless, too
@@ -144,10 +124,10 @@ def run(config: Settings, once: bool, timeout: float | None) -> None:
     relay = Relay(config)
     with stop_on_signals(relay.stop), closing(relay):
         _say_started(config)
+        _refuse_unsuitable(relay)
         if once:
             _run_once(relay, config, 30.0 if timeout is None else timeout)
         else:
-            _await_servers(relay, 0)
             relay.run()
     log.info("", extra={"action": "relay_stopped", "fields": {"published": relay.published}})
 
@@ -172,30 +152,21 @@ def _warn_of_clear_text(name: str, hosts: Iterable[str], cure: str) -> None:
         )  # fmt: skip
 
 
-def _await_servers(relay: Relay, seconds: float) -> Unavailable | None:
-    """Refuse servers that must not be used; return what is still wrong with others after a while.
+def _refuse_unsuitable(relay: Relay) -> None:
+    """Refuse servers that must not be used; the relay itself waits for one that is away.
 
     Raises Unsuitable or NotMigrated.
     """
-    pauses, deadline = Backoff(0.1, 2.0), time.monotonic() + seconds
-    while not relay.stop.is_set():
-        try:
-            relay.check()
-            break
-        except Unsuitable:
-            raise
-        except Unavailable as error:
-            log.warning("%s; trying until it answers", error, extra={"action": "relay_waits"})
-            if time.monotonic() >= deadline:
-                return error
-            relay.stop.wait(min(pauses.next(), deadline - time.monotonic()))
-    return None
+    try:
+        relay.check()
+    except Unsuitable:
+        raise
+    except Unavailable:
+        pass
 
 
 def _run_once(relay: Relay, config: Settings, timeout: float) -> None:
     try:
-        if error := _await_servers(relay, timeout):
-            raise error
         with progress(lambda: f"{counted(relay.published, 'event')} published ..."):
             relay.drain(timeout)
     except Unsuitable:
@@ -284,9 +255,14 @@ def grants_command(
       outbox-relay grants --reader dashboards --apply
       outbox-relay grants --redis --relay outbox-relay --stream customer
     """
-    roles = {role: name for role, name in given.items() if name}
+    roles = {role: name for role, name in given.items() if name is not None}
     if not roles:
         raise click.UsageError("Name a role: --service, --relay, --reader, --consumer or --operator.")
+    for role, name in roles.items():
+        if not name:  # of an unset variable, say
+            raise click.UsageError(f"--{role}: the name is empty.")
+    if streams and not for_redis:
+        raise click.UsageError("--stream needs --redis: in PostgreSQL all streams are in one table.")
     if for_redis:
         if wanted or "service" in roles:
             raise click.UsageError("--redis only prints, and a service needs no Redis.")
@@ -300,6 +276,9 @@ def grants_command(
         need_database(config)
         grants.apply(config.database_url, given_rights)
     click.echo("\n".join(f"{statement.as_string()};" for statement in given_rights))
+    if wanted:
+        names = ", ".join(dict.fromkeys(roles.values()))
+        click.echo(printable(f"granted to {names} in the schema {config.schema}"), err=True)
 
 
 @cli.command()
@@ -332,6 +311,7 @@ def prune(config: Settings) -> None:
 
 
 @cli.command(short_help="Show the outbox at work, on servers of its own.")
+@debug_option
 def demo() -> None:
     """Show the outbox at work, on servers of its own that are gone afterwards.
 
@@ -348,225 +328,16 @@ def demo() -> None:
         from outbox import demo as show
     except ImportError as error:
         raise Failed(
-            f"the demo needs the package {error.name}; install its extras: pip install 'outbox-relay[demo]'",
-            1,
+            f'the demo needs the package {error.name}: pip install ".[demo]" in a checkout of outbox', 1
         ) from error
     click.get_current_context().exit(show.run(Console()))
-
-
-# -- status ----------------------------------------------------------------------------------------
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
-@click.option("--watch", is_flag=True, help="show it again every 2 s, until Ctrl-C")
-@with_settings(*DATABASE, *REDIS, *LANE_SETTINGS)
-def status(config: Settings, as_json: bool, watch: bool) -> None:
-    """Show what waits, what was lost, who leads and who reads.
-
-    Reads the pending events once, which takes about 0.3 s for a million of them. Without Redis
-    it shows PostgreSQL's half and exits with 3.
-
-    \b
-    Keys of --json:
-      pending, scheduled, retrying, dead  numbers of events
-      oldest_seconds                      age of the oldest that is due, or null
-      priorities                          [{priority, lane, pending, scheduled,
-                                            retrying, oldest_seconds}]
-      lanes                               {name: {entries, pending, dead_letters,
-                                            groups, waits}}; pending is in
-                                          PostgreSQL, the rest in Redis: null
-                                          where unknown; waits: nothing more is
-                                          published until Redis has room
-      ... groups                          [{name, consumers, lag, pending,
-                                            oldest_seconds}]; lag was not given
-                                          to a consumer yet, pending was and is
-                                          not finished; oldest is of both; []
-                                          where no group reads the lane
-      batch, leader, led_at, asleep       the last batch, and who published it
-      streams_lost, batches_lost          what Redis has lost until now
-      journal                             {batches, bytes, oldest_seconds};
-                                          bytes of disk
-      redis                               {version, batch, memory_used, error};
-                                          memory_used of maxmemory, 0 to 1
-
-    \b
-    Examples:
-      outbox-relay status --watch
-      outbox-relay status --json | jq .pending
-    """
-    if watch:
-        _watch(config, as_json)
-        return
-    state = read_status(config)
-    if as_json:
-        click.echo(to_json(state))
-    else:
-        status_report(state).show()
-    if error := state["redis"]["error"]:
-        raise failure(RedisUnavailable(error))
-
-
-def _watch(config: Settings, as_json: bool) -> None:
-    stop = Stop()
-    redraw = sys.stdout.isatty() and not as_json
-    live = Live(console=Console(), auto_refresh=False) if redraw else None
-    with stop_on_signals(stop), live or nullcontext():
-        while not stop.is_set():
-            started = time.monotonic()
-            _look(config, as_json, live)
-            # At most a tenth of the time, so that watching a large backlog is no load.
-            stop.wait(max(WATCH_SECONDS, 9 * (time.monotonic() - started)))
-
-
-def _look(config: Settings, as_json: bool, live: Live | None) -> None:
-    """Show the status once; that a server is down is what there is to see then."""
-    try:
-        state = read_status(config)
-        report = status_report(state)
-    except Unavailable as error:
-        state = {"error": failure(error).message}
-        report = Report(state)
-    if live:
-        live.update(report.rich(), refresh=True)
-    elif as_json:
-        click.echo(to_json(state, indent=None))
-    else:
-        report.show()
-        click.echo()
-
-
-def read_status(config: Settings) -> dict[str, Any]:
-    """Return what `status --json` prints; without Redis, its half is null and `error` says why."""
-    with open_store(config) as store:
-        leader, waiting = store.status(), store.pending()
-    rule = config.lane_rule()
-    for row in waiting:
-        row["lane"] = rule.lane(row.pop("stream"), row["priority"])
-    redis, lanes = _read_redis(config, leader["outbox_id"], {row["lane"] for row in waiting})
-    return {
-        **{name: sum(row[name] for row in waiting) for name in ("pending", "scheduled", "retrying")},
-        "dead": leader["dead"],
-        "oldest_seconds": max(filter(None, (row["oldest_seconds"] for row in waiting)), default=None),
-        "priorities": waiting,
-        "lanes": {
-            lane: {
-                "entries": None,
-                "pending": sum(row["pending"] for row in waiting if row["lane"] == lane),
-                "dead_letters": None,
-                "groups": None,
-                "waits": None,
-            }
-            | lanes.get(lane, {})
-            for lane in sorted({*lanes, *(row["lane"] for row in waiting)})
-        },
-        **{name: leader[name] for name in LEADER},
-        "journal": {
-            "batches": leader["batches"],
-            "bytes": leader["bytes"],
-            "oldest_seconds": leader["journal_age"],
-        },
-        "redis": redis,
-    }
-
-
-LEADER = ("batch", "leader", "led_at", "asleep", "streams_lost", "batches_lost")
-
-
-def _read_redis(
-    config: Settings, outbox_id: str, lanes: Iterable[str]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return what Redis says of itself and of the lanes, those included that it alone knows."""
-    with closing(Streams(config.redis_url, prefix=config.redis_prefix)) as streams:
-        try:
-            batch, known = streams.state(outbox_id)
-            found = {lane: _read_lane(streams, lane) for lane in sorted({*lanes, *known})}
-            info = streams.server()
-        except RedisUnavailable as error:
-            return {"version": None, "batch": None, "memory_used": None, "error": redact(str(error))}, {}
-    used, rule = memory_used(info), config.lane_rule()
-    entries = {lane: facts["entries"] for lane, facts in found.items()}
-    pause = rule.pause(entries, config.lane_max_entries, used, config.redis_memory_percent / 100)
-    for lane, facts in found.items():
-        facts["waits"] = rule.waits(lane, pause)
-    return {"version": server_version(info), "batch": batch, "memory_used": used, "error": None}, found
-
-
-def _read_lane(streams: Streams, lane: str) -> dict[str, Any]:
-    lengths = streams.lengths([lane, lane + DEAD])
-    return {
-        "entries": lengths[lane],
-        "dead_letters": lengths[lane + DEAD],
-        "groups": streams.groups(lane),
-    }
-
-
-def status_report(state: dict[str, Any]) -> Report:
-    """Return a status for people."""
-    journal, redis = state["journal"], state["redis"]
-    facts = {name: state[name] for name in ("pending", "scheduled", "retrying", "dead")}
-    facts |= {
-        "oldest": _age(state["oldest_seconds"]),
-        "batch": state["batch"],
-        "leader": f"{state['leader'] or 'none yet'}, last led {shown(state['led_at'])}",
-        "asleep": "yes" if state["asleep"] else "no",
-        "streams_lost": state["streams_lost"],
-        "batches_lost": state["batches_lost"],
-        "journal": f"{counted(journal['batches'], 'batch')}, {journal['bytes']} bytes, "
-        f"oldest {_age(journal['oldest_seconds'])}",
-        "redis": redis["error"] or f"{redis['version'] or 'version unknown'}, batch {redis['batch']}",
-    }
-    waiting = Columns(
-        "Pending, by priority",
-        ("priority", "lane", "pending", "scheduled", "retrying", "oldest"),
-        [
-            (*(row[name] for name in ("priority", "lane", "pending", "scheduled", "retrying")),
-             _age(row["oldest_seconds"]))
-            for row in state["priorities"]
-        ],
-    )  # fmt: skip
-    lanes = Columns(
-        "Lanes in Redis",
-        ("lane", "entries", "pending", "dead_letters", "read_by"),
-        [
-            (name, lane["entries"], lane["pending"], lane["dead_letters"], _readers(lane))
-            for name, lane in state["lanes"].items()
-        ],
-    )
-    groups = Columns(
-        "Consumer groups",
-        ("lane", "group", "consumers", "lag", "pending", "oldest"),
-        [
-            (name, *(group[key] for key in ("name", "consumers", "lag", "pending")),
-             _age(group["oldest_seconds"]))
-            for name, lane in state["lanes"].items()
-            for group in lane["groups"] or ()
-        ],
-    )  # fmt: skip
-    return Report(facts, [table for table in (waiting, lanes, groups) if table.rows])
-
-
-def _readers(lane: dict[str, Any]) -> str | None:
-    if lane["waits"]:
-        return "it is full: events wait"
-    if lane["groups"]:
-        return ", ".join(group["name"] for group in lane["groups"])
-    return "no group reads it" if lane["groups"] == [] and lane["entries"] else None
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 120:
-        return f"{max(0.0, seconds):.1f} s"
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    return f"{minutes} min" if minutes < 120 else f"{hours} h" if hours < 48 else f"{hours // 24} d"
 
 
 cli.add_command(bench)
 cli.add_command(consume)
 cli.add_command(letters.dead)
 cli.add_command(letters.dlq)
+cli.add_command(status)
 
 # -- the process -----------------------------------------------------------------------------------
 
@@ -591,16 +362,22 @@ def _hide_passwords() -> None:
 
 
 def _take_urls(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Part the flags of URLs, as variables, from the other arguments."""
+    """Part the flags of URLs, as variables, from the other arguments.
+
+    One that its command does not have stays where it is, to be refused.
+    """
     kept: list[str] = []
     urls: dict[str, str] = {}
+    command: click.Command = cli
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if argument == "--":
             kept += [argument, *rest]
-        elif flag not in ("--database-url", "--redis-url"):
+        elif flag not in URL_FLAGS or not any(flag in option.opts for option in command.params):
             kept.append(argument)
+            if isinstance(command, click.Group):
+                command = command.commands.get(argument, command)
         elif equals or (value := next(rest, "")):
             urls[settings.PREFIX + flag[2:].replace("-", "_").upper()] = value
         else:

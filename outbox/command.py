@@ -61,7 +61,9 @@ def failure(error: BaseException) -> Failed:
         return Failed("interrupted", 128 + signal.SIGINT)
     for kind, exit_code, advice in EXITS:
         if isinstance(error, kind):
-            return Failed(f"{str(error).rstrip('.')}. {advice}".strip(), exit_code)
+            said = str(error).rstrip(".")
+            end = "" if said.endswith("?") else "."
+            return Failed(f"{said}{end} {advice}".strip(), exit_code)
     if isinstance(error, OutboxError):
         return Failed(str(error), 1)
     return Failed(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)
@@ -105,7 +107,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
             return function(settings.load(flags, config=config), **given)
 
         wrapped: Callable[..., Any] = command
-        wrapped = _config_option(_debug_option(wrapped))
+        wrapped = _config_option(debug_option(wrapped))
         for name in reversed(names):
             wrapped = _option(name)(wrapped)
         return wrapped
@@ -131,7 +133,7 @@ def _debug(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     ctx.meta[DEBUG] = wanted
 
 
-_debug_option = click.option(
+debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_debug, help="show tracebacks"
 )
 _config_option = click.option("--config", metavar="FILE", help="TOML file with settings")

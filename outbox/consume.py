@@ -95,7 +95,8 @@ def _module(path: str, name: str) -> ModuleType:
             if not f"{path}.".startswith(f"{missing}."):
                 raise  # it is another one, which this one imports
     package, dot, last = missing.rpartition(".")
-    places = getattr(sys.modules[package], "__path__", []) if package else None
+    # Not from all that is installed: among so many names, some are near to any.
+    places = getattr(sys.modules[package], "__path__", []) if package else [os.getcwd()]
     near = _nearest(last, [known.name for known in pkgutil.iter_modules(places)], package + dot)
     raise click.UsageError(f"There is no module {missing}.{near}")
 
@@ -104,13 +105,18 @@ def _attribute(module: ModuleType, name: str) -> Any:
     if hasattr(module, name):
         return getattr(module, name)
     consumers = [other for other, value in vars(module).items() if isinstance(value, CONSUMERS)]
-    near = _nearest(name, consumers or vars(module), f"{module.__name__}:", 0.0 if consumers else 0.6)
+    makers = [other for other, value in vars(module).items() if _may_make_one(value, module)]
+    near = _nearest(name, consumers or makers, f"{module.__name__}:", 0.0 if consumers else 0.6)
     raise click.UsageError(f"{module.__name__} has no {name}.{near}")
 
 
 def _nearest(wrong: str, known: Iterable[str], before: str, alike: float = 0.6) -> str:
     near = difflib.get_close_matches(wrong, known, 1, alike)
     return f" Did you mean {before}{near[0]}?" if near else ""
+
+
+def _may_make_one(value: Any, module: ModuleType) -> bool:
+    return inspect.isfunction(value) and value.__module__ == module.__name__ and _needs_no_arguments(value)
 
 
 def _needs_no_arguments(found: Any) -> bool:

@@ -33,6 +33,7 @@ from rich.table import Table
 from sqlalchemy import Connection, NullPool, create_engine, func, make_url, select, text
 
 from outbox import migrate, supervisor, testing
+from outbox.command import Failed
 from outbox.demo_service import (
     ALERT,
     GROUP,
@@ -195,8 +196,14 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 # -- the processes ---------------------------------------------------------------------------------
 
 
-class Stalled(Exception):
+class Stalled(Failed):
     """Raised when nothing moves any more, and yet there is something to wait for."""
+
+    def __init__(self, unhandled: int) -> None:
+        super().__init__(
+            f"the demo cannot go on: nothing has moved for {PATIENCE_SECONDS} s, and {unhandled:,} events wait",
+            1,
+        )
 
 
 class Producer:
@@ -236,7 +243,7 @@ class Producer:
         self._process.stdin.flush()
 
     def stop(self) -> None:
-        """Let it finish the command in hand, and wait until all is told. Raises RuntimeError when it has failed."""
+        """Let it finish the command in hand, and wait until all is told. Raises Failed when it has failed."""
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
@@ -244,9 +251,9 @@ class Producer:
         self.done()
 
     def done(self) -> bool:
-        """Return whether it has ended, and all is told. Raises RuntimeError when it has failed."""
+        """Return whether it has ended, and all is told. Raises Failed when it has failed."""
         if self._process.poll():
-            raise RuntimeError(f"the process of the {self._name} has failed")
+            raise Failed(f"the demo cannot go on: the process of the {self._name} has failed", 1)
         return not self._reader.is_alive()
 
 
@@ -372,7 +379,6 @@ class Pace(NamedTuple):
 
     waiting: dict[str, int]  # in PostgreSQL, by lane
     rates: dict[str, float]  # to Redis, by lane
-    handled: int
     handled_rate: float
 
 
@@ -417,9 +423,7 @@ class Watch:
             if now[1:] != moved[1:]:
                 moved = now
             if now.at > moved.at + PATIENCE_SECONDS:
-                raise Stalled(
-                    f"nothing has moved for {PATIENCE_SECONDS} s, and {now.unhandled():,} events wait"
-                )
+                raise Stalled(now.unhandled())
             if self._redraw.due():
                 self._draw(now)
             time.sleep(0.05)
@@ -449,7 +453,6 @@ class Watch:
         return Pace(
             {lane: max(0, now.committed[lane] - now.published[lane]) for lane in self._commits},
             {lane: (now.published[lane] - before.published[lane]) / seconds for lane in self._commits},
-            now.handled,
             (now.handled - before.handled) / seconds,
         )
 
@@ -590,7 +593,7 @@ def _kill_consumer(watch: Watch, servers: Servers, consumer: Daemon) -> set[Even
 def run(console: Console) -> int:
     """Play it with lanes and without, on servers of its own, and show both; return the exit code.
 
-    Raises NoServer when a server cannot be found or started.
+    Raises NoServer when a server cannot be found or started, Failed when it cannot go on.
     """
     # A commit is on the disk when it returns, as it is in production: the default of testing is quicker.
     with testing.postgres({"fsync": "on"}) as database, testing.redis() as broker:

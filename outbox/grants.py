@@ -154,14 +154,18 @@ def redis_users(
     Without `streams` the user may use every key. An operator needs Redis 7. Raises InvalidSetting for a name that
     Redis would split.
     """
-    below = rule.threshold - 1
-    lanes = {lane: None for name in streams for lane in (name, rule.lane(name, below))}
-    for name in (*roles.values(), *lanes):
-        if not STREAM_NAME.fullmatch(name):
-            raise InvalidSetting(f"{name!r} can be no name here: letters, digits or any of _ . : / {{ }} -")
-    dead = [f"~{lane}:dlq" for lane in lanes]
+    names = list(streams)
     for role, user in roles.items():
-        more = dead if role in ("consumer", "operator") else [f"~{prefix}:*"]
+        of_consumers = role in ("consumer", "operator")
+        # A consumer and `dlq` know no lanes=off: they use both lanes of each stream.
+        lanes = _lanes(names, Lanes(suffix=rule.suffix) if of_consumers else rule)
+        for name in (user, *lanes):
+            if not STREAM_NAME.fullmatch(name):
+                raise InvalidSetting(
+                    f"{name!r} can be no name here: letters, digits or any of _ . : / {{ }} -"
+                )
+        dead = [f"~{lane}:dlq" for lane in lanes]
+        more = dead if of_consumers else [f"~{prefix}:*"]
         keys = [*(f"~{lane}" for lane in lanes), *more] if lanes else ["~*"]
         commands = [f"+{command}" for command in COMMANDS[role]]
         if role == "operator":
@@ -169,3 +173,9 @@ def redis_users(
             commands += [] if lanes else ["+scan"]
             commands.append(f"({' '.join([*(dead or ['~*:dlq']), *OF_DEAD_LETTERS])})")
         yield " ".join(["ACL SETUSER", user, "reset", "on", PASSWORD, *keys, *commands])
+
+
+def _lanes(streams: Iterable[str], rule: Lanes) -> list[str]:
+    """Return the lanes of streams, each once."""
+    both = ((name, rule.lane(name, rule.threshold - 1)) for name in streams)
+    return list(dict.fromkeys(lane for pair in both for lane in pair))

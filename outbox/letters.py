@@ -365,7 +365,14 @@ def _confirm_drop(wanted: list[UUID] | None, of: str = "") -> None:
     if not sys.stdin.isatty():
         raise click.UsageError("Nobody can be asked here: add --yes to drop them for good.")
     what = "all dead letters" if wanted is None else counted(len(wanted), "dead letter")
-    click.confirm(f"Drop {what}{of} for good?", abort=True)
+    try:
+        click.confirm(f"Drop {what}{of} for good?", abort=True)
+    except click.Abort as abort:
+        # The answer no is one, and so is Ctrl-C, which click hides in it.
+        if isinstance(abort.__context__, KeyboardInterrupt):
+            click.echo(err=True)
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _say_done(what: str, wanted: Iterable[object] | None, done: Collection[object], of: str = "") -> None:

@@ -76,9 +76,16 @@ class AsyncStop:
 
 
 @contextmanager
-def signals_handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Let SIGTERM and SIGINT be handled so while the block runs."""
-    signals = (signal.SIGTERM, signal.SIGINT)
+def signals_handled_by(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers, *, hangup: bool = False
+) -> Iterator[None]:
+    """Let SIGTERM and SIGINT be handled so while the block runs.
+
+    With `hangup` SIGHUP, too, but where it is ignored: nohup has asked for that.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if hangup and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     before = [signal.signal(number, handler) for number in signals]
     try:
         yield

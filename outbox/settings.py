@@ -71,7 +71,7 @@ class Settings:
     stream_retention_seconds: float = _setting(3600.0, "how long finished entries stay in the lanes", 0)
     lane_max_entries: int = _setting(0, "a backfill lane waits from so many entries on; 0: no limit", 0)
     redis_memory_percent: float = _setting(
-        80.0, "backfill waits when Redis has used this of its maxmemory", 1
+        80.0, "backfill waits when Redis has used this of its maxmemory", 1, 100
     )
     on_redis_reset: Literal["replay", "halt"] = _setting(
         "replay", "when Redis comes back empty: send the journal again, or stop publishing"

@@ -25,7 +25,6 @@ from outbox.errors import (
     OutboxError,
     RedisUnavailable,
     Unavailable,
-    Unsuitable,
     first_line,
 )
 from outbox.loop import signals_handled_by
@@ -83,7 +82,7 @@ def temporary_site(config: Settings, room: int, say: Callable[[str], None]) -> I
                 _make(site)
                 yield site
             finally:
-                with signals_handled_by(signal.SIG_IGN):
+                with signals_handled_by(signal.SIG_IGN, hangup=True):
                     _remove(site)
 
 
@@ -139,7 +138,7 @@ def _check_redis(settings: Settings, room: int) -> None:
         info = streams.server()
     most, used = int(info.get("maxmemory", 0)), 100 * memory_used(info)
     if most and used + 100 * room / most > settings.redis_memory_percent:
-        raise Unsuitable(
+        raise Unavailable(
             f"Redis has used {used:.0f} % of its maxmemory, and {room / 2**20:.0f} MB more would be above "
             f"{settings.redis_memory_percent:.0f} %; take fewer --events"
         )

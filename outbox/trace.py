@@ -27,7 +27,8 @@ class Trace:
             # Unbuffered: a line is one write at the end of the file, whole among those of other relays.
             self._file = None if path == "off" else Path(path).open("ab", buffering=0)  # noqa: SIM115
         except (OSError, ValueError) as error:
-            raise InvalidSetting(f"trace: {path!a} cannot be opened: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise InvalidSetting(f"OUTBOX_TRACE: {path!a} cannot be opened: {reason}") from None
         self._relay = uuid4().hex[:8]
 
     def __call__(self, action: str, **facts: Any) -> None:

@@ -6,15 +6,20 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from outbox import demo
+from outbox.cli import cli
+from outbox.command import Failed
 from outbox.demo import (
     ALERT,
     HIT,
@@ -206,6 +211,34 @@ def test_a_redis_with_anything_in_it_is_left_alone(redis_url, redis):
     with pytest.raises(NoServer, match="not empty"), demo._empty_redis(redis_url):
         pass
     assert redis.get("somebody") == b"else"
+
+
+# -- what it does not get over ---------------------------------------------------------------------
+
+
+def test_a_demo_that_stands_still_ends_with_a_sentence(monkeypatch):
+    servers = SimpleNamespace(handled=lambda: 3, published=Counter)
+    commits = [Commit(BOOKING, 0.0, [FIRST] * 1005)]
+    monkeypatch.setattr(demo, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(
+        demo,
+        "run",
+        lambda console: demo.Watch(console, servers, {"primary": [commits]}).until(lambda now: False),
+    )
+    result = CliRunner().invoke(cli, ["demo"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: the demo cannot go on: nothing has moved for 0 s, and 1,002 events wait\n"
+    )
+
+
+def test_a_producer_that_fails_is_named_in_a_sentence():
+    environ = {name: value for name, value in os.environ.items() if name != "OUTBOX_DATABASE_URL"}
+    with (
+        demo.Producer("import", environ) as producer,
+        pytest.raises(Failed, match="of the import has failed"),
+    ):
+        producer.stop()
 
 
 # -- as a process ----------------------------------------------------------------------------------

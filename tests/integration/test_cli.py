@@ -28,6 +28,7 @@ from outbox import cli
 from outbox.report import Lines
 from outbox.settings import FIELDS, safe_url
 from outbox.store import Store
+from tests.faults.proxy import Proxy
 from tests.integration.box import Box
 from tests.integration.conftest import Invoke, Start
 from tests.roles import as_role, role_url
@@ -36,6 +37,7 @@ NOWHERE = "127.0.0.1:1"  # nothing listens there
 DEAD_ID = "6f1c1f4e-8f5b-4c39-9a4e-0a3f8a1f2b3c"
 UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 PATIENCE_SECONDS = 30
+PROMPT = b"? [y/N]: "
 
 
 pytestmark = pytest.mark.usefixtures("no_settings")
@@ -183,7 +185,12 @@ def test_version(invoke: Invoke) -> None:
         (["run", "--batch-size", "0"], {}, ["--batch-size", "at least 1"]),
         (["run", "--timeout", "3"], {}, ["--timeout", "--once"]),
         (["run", "--config", "no/such.toml"], {}, ["no/such.toml"]),
-        (["status"], {"OUTBOX_BATCH_SISE": "3"}, ["OUTBOX_BATCH_SISE", "OUTBOX_BATCH_SIZE"]),
+        (["status"], {"OUTBOX_BATCH_SISE": "3"}, ["OUTBOX_BATCH_SISE", "mean OUTBOX_BATCH_SIZE?\n"]),
+        (
+            ["run"],
+            {"OUTBOX_TRACE": "/no/such"},
+            ["Error: OUTBOX_TRACE: '/no/such' cannot be opened: No such file or directory.\n"],
+        ),
         (["status"], {"OUTBOX_BATCH_SIZE": "x"}, ["OUTBOX_BATCH_SIZE", "'x'"]),
         (["status"], {"OUTBOX_REDIS_URL": "redis://h?nonsense=1"}, ["redis_url"]),
         (
@@ -404,8 +411,7 @@ def test_the_second_signal_ends_run_at_once(start: Start, database_url: str, str
 
 def test_run_stays_up_while_a_server_is_unreachable(start: Start) -> None:
     process = start("run", env={"OUTBOX_REDIS_URL": f"redis://{NOWHERE}"})
-    errors = read_until(process, "relay_backoff")
-    assert "relay_waits" in errors
+    read_until(process, "relay_backoff")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_SECONDS) == 0
@@ -416,6 +422,34 @@ def test_run_waits_for_a_database_that_is_unreachable_at_its_start(start: Start)
     read_until(process, "relay_backoff")
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_SECONDS) == 0
+
+
+@pytest.mark.parametrize("once", [[], ["--once", "--timeout", "60"]], ids=["run", "run --once"])
+@pytest.mark.parametrize("away", ["OUTBOX_DATABASE_URL", "OUTBOX_REDIS_URL"])
+def test_a_server_that_is_away_at_the_start_is_said_to_be_back(
+    start: Start, variables: dict[str, str], database_url: str, stream: str, away: str, once: list[str]
+) -> None:
+    record(database_url, stream)
+    url = make_url(variables[away])
+    assert url.port
+    with Proxy(1) as proxy:
+        behind = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+        process = start("run", *once, env={away: behind})
+        read_until(process, "relay_backoff")
+        proxy.target = url.port
+        read_until(process, "relay_recovered")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, errors
+    assert "relay_stopped published=1" in errors
+
+
+@pytest.mark.parametrize("name", ["OUTBOX_DATABASE_URL", "OUTBOX_REDIS_URL"])
+def test_run_once_without_patience_does_not_say_that_it_tries_again(invoke: Invoke, name: str) -> None:
+    url = {"OUTBOX_DATABASE_URL": f"postgresql://u@{NOWHERE}/d", "OUTBOX_REDIS_URL": f"redis://{NOWHERE}"}
+    result = invoke("run", "--once", "--timeout", "0", **{name: url[name]})
+    actions = [line.split()[2] for line in result.stderr.splitlines() if not line.startswith("Error")]
+    assert (result.exit_code, actions) == (3, ["relay_started"]), result.output
 
 
 def test_run_once_that_is_interrupted_says_what_is_left(start: Start, database_url: str, stream: str) -> None:
@@ -643,7 +677,10 @@ def test_dead_drop_deletes_only_what_was_asked_for(invoke: Invoke, database_url:
     assert (rows, execute(database_url, "SELECT 1 FROM outbox")) == ([(UNKNOWN_ID,)], [])
 
 
-@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", 1, 1), ("y\n", 0, 0)])
+@pytest.mark.parametrize(
+    ("answer", "code", "left"), [("n\n", 1, 1), ("y\n", 0, 0), ("\x04", 1, 1), ("\x03", 130, 1)],
+    ids=["no", "yes", "Ctrl-D", "Ctrl-C"],
+)  # fmt: skip
 def test_dead_drop_asks_on_a_terminal(
     variables: dict[str, str], database_url: str, stream: str, answer: str, code: int, left: int
 ) -> None:
@@ -829,12 +866,43 @@ def test_a_password_is_not_in_the_process_list(
     assert NOWHERE in errors
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dead", "list", "--redis-url", f"redis://:{CANARY}@{NOWHERE}"],
+        ["migrate", "--sql", f"--redis-url=redis://:{CANARY}@{NOWHERE}"],
+        ["dlq", "list", "--database-url", f"postgresql://u:{CANARY}@{NOWHERE}/d"],
+        ["--redis-url", f"redis://:{CANARY}@{NOWHERE}", "status"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1][:8]}",
+)
+def test_a_password_does_not_make_a_flag_of_a_command_that_has_none(
+    start: Start, arguments: list[str]
+) -> None:
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, output) == (2, "")
+    assert "No such option" in errors
+    assert CANARY not in errors
+
+
 # -- the demo --------------------------------------------------------------------------------------
 
 
 def test_demo_ends_with_its_own_exit_code(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outbox.demo", types.SimpleNamespace(run=lambda console: 7), raising=False)
     assert invoke("demo").exit_code == 7
+
+
+def test_demo_shows_where_a_bug_is_if_debug_is_asked_for(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(console: Any) -> int:
+        raise RuntimeError("no good")
+
+    monkeypatch.setattr("outbox.demo", types.SimpleNamespace(run=broken), raising=False)
+    assert invoke("demo").stderr == "Error: RuntimeError: no good (--debug shows where)\n"
+    assert "in broken" in invoke("demo", "--debug").stderr
 
 
 def test_demo_without_its_packages_says_what_to_install(
@@ -844,23 +912,25 @@ def test_demo_without_its_packages_says_what_to_install(
     monkeypatch.setitem(sys.modules, "outbox.demo", None)
     result = invoke("demo")
     assert result.exit_code == 1
-    assert "pip install" in result.stderr
+    assert 'pip install ".[demo]" in a checkout of outbox' in result.stderr
 
 
 def on_terminal(arguments: list[str], env: dict[str, str], typed: str = "") -> tuple[int, str]:
-    """Run a command on a terminal of 80 columns; return its exit code and what it showed."""
+    """Run a command on a terminal of 80 columns, and type where it asks; return its exit code and what it showed."""
     process_id, terminal = pty.fork()
     if process_id == 0:
         command = [sys.executable, "-m", "outbox.cli", *arguments]
         os.execve(sys.executable, command, os.environ | env | {"COLUMNS": "80", "TERM": "xterm-256color"})
-    if typed:
-        os.write(terminal, typed.encode())
-    shown = b""
+    shown, deadline = b"", time.monotonic() + PATIENCE_SECONDS
     try:
-        while select.select([terminal], [], [], PATIENCE_SECONDS)[0]:
-            if not (part := os.read(terminal, 65536)):
+        while time.monotonic() < deadline:
+            come = select.select([terminal], [], [], 2)[0]
+            if come and not (part := os.read(terminal, 65536)):
                 break
-            shown += part
+            shown += part if come else b""
+            # Typed again where nothing comes of it: of a Ctrl-C just before it waits for a key, it hears at the next.
+            if typed and (shown.endswith(PROMPT) or (PROMPT in shown and not come)):
+                os.write(terminal, typed.encode())
     except OSError:
         pass  # how Linux says that the other side is closed
     finally:

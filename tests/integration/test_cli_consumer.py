@@ -50,6 +50,14 @@ def broken():
     raise RuntimeError("no good: redis://:canary@h/0")
 """
 
+TOOLS = """
+import json
+from shutil import get_terminal_size
+
+def make(): ...
+def make_for(group): ...
+"""
+
 
 @pytest.fixture(autouse=True)
 def environment(no_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -58,6 +66,7 @@ def environment(no_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     shop.mkdir()
     (shop / "__init__.py").touch()
     (shop / "billing.py").write_text(SERVICE)
+    (shop / "tools.py").write_text(TOOLS)
     (shop / "bad.py").write_text("import no_such_package\n")
     (shop / "ends.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
@@ -166,6 +175,11 @@ def test_consume_stays_up_while_redis_is_unreachable(start: Start) -> None:
         ("shop.biling:consumer", ["no module shop.biling", "shop.billing?"]),
         ("shpo.billing:consumer", ["no module shpo", "shop?"]),
         ("shop.billing.more:consumer", ["no module shop.billing.more"]),
+        ("nope:consumer", ["no module nope.\n"]),
+        ("shop.tools:maek", ["has no maek. Did you mean shop.tools:make?\n"]),
+        ("shop.tools:mak_for", ["has no mak_for.\n"]),
+        ("shop.tools:jsn", ["has no jsn.\n"]),
+        ("shop.tools:get_terminal_siz", ["has no get_terminal_siz.\n"]),
         ("shop/billing.py:consumer", ["is a file", "shop.billing:consumer?"]),
         ("shop.billing:consumr", ["has no consumr", "shop.billing:consumer?"]),
         ("shop.billing:app", ["has no app", "shop.billing:consumer?"]),

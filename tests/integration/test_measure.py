@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import signal
 import statistics
 import subprocess
+import termios
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import make_url
 
@@ -188,20 +194,20 @@ def test_a_read_only_database_is_refused_with_5(bench: Invoke, box: Box, databas
 
 
 @pytest.mark.parametrize(
-    ("info", "part"),
+    ("info", "code", "part"),
     [
-        ({"maxmemory_policy": "allkeys-lru"}, "allkeys-lru"),
-        ({"maxmemory": 1_000_000, "used_memory": 500_000}, "--events"),
+        ({"maxmemory_policy": "allkeys-lru"}, 5, "allkeys-lru"),
+        ({"maxmemory": 1_000_000, "used_memory": 500_000}, 3, "--events"),
     ],
     ids=["evicts", "full"],
 )
-def test_a_redis_that_evicts_or_is_full_is_refused_with_5(
-    bench: Invoke, box: Box, monkeypatch: pytest.MonkeyPatch, info: dict[str, Any], part: str
+def test_a_redis_that_evicts_or_is_full_is_refused(
+    bench: Invoke, box: Box, monkeypatch: pytest.MonkeyPatch, info: dict[str, Any], code: int, part: str
 ) -> None:
     # The settings of a server that other tests use are not to be changed.
     monkeypatch.setattr("redis.Redis.info", lambda *_: info)
     result = bench()
-    assert result.exit_code == 5, result.output
+    assert result.exit_code == code, result.output
     assert part in result.stderr
     assert left(box) == []
 
@@ -238,7 +244,7 @@ def test_it_leaves_nothing_and_touches_no_other_outbox(bench: Invoke, box: Box) 
 
 
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_middle_leaves_nothing(
     long_bench: Callable[[], subprocess.Popen[str]], box: Box, number: signal.Signals, times: int
 ) -> None:
@@ -248,6 +254,56 @@ def test_a_signal_in_the_middle_leaves_nothing(
         process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, output) == (128 + number, "")
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert left(box) == []
+
+
+def test_a_terminal_that_is_closed_leaves_nothing(start: Start, box: Box) -> None:
+    master, slave = pty.openpty()
+    process = start(
+        "bench", "--events", "50000", stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    wait_until(lambda: publishes(box))
+    os.close(master)
+    process.wait(PATIENCE_SECONDS)
+    assert left(box) == []
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(start: Start, box: Box) -> None:
+    process = start(
+        "bench", "--events", "50000", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    wait_until(lambda: publishes(box))
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert left(box) == []
+
+
+def test_a_second_signal_ends_a_stage_that_hangs_and_leaves_nothing(
+    long_bench: Callable[[], subprocess.Popen[str]], box: Box
+) -> None:
+    def signal_again() -> None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # at a signal every 0.1 s, psycopg goes on waiting and lets no handler run
+
+    def waits(statement: str) -> bool:
+        query = "SELECT query FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        return any(waiting.startswith(statement) for (waiting,) in box.sql.execute(query))
+
+    process = long_bench()
+    wait_until(lambda: publishes(box))
+    with psycopg.connect(box.database_url.replace("+psycopg", "")) as blocker:
+        blocker.execute(f"LOCK TABLE {left(box)[0]}.outbox IN SHARE UPDATE EXCLUSIVE MODE")
+        wait_until(lambda: waits("VACUUM"))
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: signal_again() or waits("DROP SCHEMA"))
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert left(box) == []

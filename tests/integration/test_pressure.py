@@ -2,11 +2,11 @@
 
 import pytest
 
-from outbox.cli import read_status
 from outbox.errors import RedisUnavailable
 from outbox.lanes import BEYOND, Lanes
 from outbox.priority import LOWEST, Priority
 from outbox.settings import Settings
+from outbox.status import read_status
 from tests.integration.test_wakeup import running, wait_until
 
 LANES = Lanes()

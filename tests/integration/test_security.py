@@ -209,6 +209,14 @@ def test_grants_print_sql_that_does_the_same(granted, database_url, box: Box, ro
     assert box.sql.execute(rights).fetchall() == before
 
 
+def test_grants_that_are_applied_say_so_beside_the_sql(box: Box, database_url: str, roles) -> None:
+    names = ["--service", roles["service"], "--relay", roles["relay"], "--reader", roles["relay"]]
+    applied = run("grants", *names, "--apply", OUTBOX_DATABASE_URL=database_url)
+    assert applied.stderr == f"granted to {roles['service']}, {roles['relay']} in the schema public\n"
+    printed = run("grants", *names)
+    assert (printed.stdout, printed.stderr) == (applied.stdout, "")
+
+
 @pytest.mark.parametrize("role", ["relay", "service"])
 def test_who_may_not_give_rights_away_is_told(granted, database_url, box: Box, role: str) -> None:
     """PostgreSQL itself warns of it, where the role has some right of its own, and goes on."""
@@ -238,6 +246,8 @@ def test_names_are_quoted(box: Box, database_url: str) -> None:
         (["--service", "s", "--redis"], 2, "needs no Redis"),
         (["--relay", "r", "--redis", "--apply"], 2, "only prints"),
         (["--relay", "a b", "--redis"], 2, "'a b'"),
+        (["--relay", "r", "--service", ""], 2, "--service: the name is empty"),
+        (["--relay", "r", "--stream", "s"], 2, "--stream needs --redis"),
         (["--relay", "r", "--redis", "--stream", "*"], 2, "'*'"),
         (["--relay", "r", "--apply", "--database-url", "postgresql://u@127.0.0.1:1/d"], 3, "PostgreSQL"),
     ],
@@ -322,14 +332,15 @@ def test_a_user_of_redis_with_streams_uses_no_other_key(users, redis_url: str, r
     client.close()
 
 
+@pytest.mark.parametrize("lanes", ["on", "off"])
 def test_a_consumer_does_all_its_work_as_its_role_and_its_user(
-    granted, database_url: str, box: Box, users, redis_url: str, caplog: pytest.LogCaptureFixture
+    granted, database_url: str, box: Box, users, redis_url: str, caplog: pytest.LogCaptureFixture, lanes: str
 ) -> None:
     box.relay().drain()
     box.add("bad")
     box.relay().drain()
     engine = create_engine(role_url(database_url, "consumer"))
-    url = users(redis_url, "consumer", "--stream", "s")
+    url = users(redis_url, "consumer", "--stream", "s", "--lanes", lanes)
     consumer = Consumer(url, group="g", streams=["s"], sessions=sessionmaker(engine), max_deliveries=1)
 
     @consumer.on_any
@@ -339,18 +350,22 @@ def test_a_consumer_does_all_its_work_as_its_role_and_its_user(
 
     thread = threading.Thread(target=consumer.run)
     thread.start()
-    assert wait_until(lambda: box.redis.xlen("s:dlq") and box.value("SELECT count(*) FROM outbox_inbox"))
-    consumer.stop()
-    thread.join()
+    try:
+        assert wait_until(lambda: box.redis.xlen("s:dlq") and box.value("SELECT count(*) FROM outbox_inbox"))
+    finally:
+        consumer.stop()
+        thread.join()
     engine.dispose()
     assert "permission" not in caplog.text
     assert box.redis.xpending("s", "g")["pending"] == 0
 
 
+@pytest.mark.parametrize("lanes", ["on", "off"])
 @pytest.mark.parametrize("arguments", [[], ["--stream", "s"]])
 def test_an_operator_does_all_that_there_is_to_do_with_what_consumers_gave_up(
-    users, redis_url: str, redis: redis_client.Redis, arguments: list[str]
+    users, redis_url: str, redis: redis_client.Redis, arguments: list[str], lanes: str, monkeypatch
 ) -> None:
+    monkeypatch.setenv("OUTBOX_LANES", lanes)
     url, ids = users(redis_url, "operator", *arguments), [str(uuid4()) for _ in range(4)]
     for event_id in ids:
         redis.xadd("s:backfill:dlq", {"id": event_id, "data": "1", "dlq:group": "g", "dlq:error": SECRET})

