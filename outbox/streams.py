@@ -647,14 +647,14 @@ def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
 
 
 def may_touch(body: bytes, lanes: Iterable[str]) -> bool:
-    """Return whether a journal's body may have events of these lanes; reads no event of it. A damaged one may."""
+    """Return whether a journal's body may have events of these lanes, by its head: one that cannot be read may."""
     unpacker = msgpack.Unpacker()
     unpacker.feed(body)
     try:
-        unpacker.read_array_header()
-        unpacker.skip()  # the source
-        found = unpacker.unpack()
-        return not {*lanes}.isdisjoint(found)
+        parts, source, found = unpacker.read_array_header(), unpacker.unpack(), unpacker.unpack()
+        if parts != 3 or not all(isinstance(name, str) for name in (source, *found)):
+            return True
+        return not found or not {*lanes}.isdisjoint(found)
     except (ValueError, TypeError, msgpack.UnpackException):
         return True
 

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 import msgpack
+import msgspec
 import psycopg
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -29,7 +30,7 @@ from outbox.errors import DamagedBatch, InvalidSetting
 from outbox.event import encode
 from outbox.relay import Relay
 from outbox.settings import FIELDS, Settings, load
-from outbox.streams import decode
+from outbox.streams import decode, may_touch
 from tests.integration.box import Box
 from tests.roles import as_owner
 from tests.service import Counted
@@ -156,7 +157,10 @@ def test_an_event_is_recorded_as_it_is_or_refused_by_the_name_of_its_field(sessi
                 "payload::text, headers::text"
             )
         ).one()
-    assert tuple(found) == recorded
+    parts = msgspec.structs.astuple(recorded)
+    assert [*found] == [
+        str(bytes(part), "utf-8") if isinstance(part, msgspec.Raw) else part for part in parts
+    ]
 
 
 # -- rows that somebody else has written ------------------------------------------------------------------
@@ -266,6 +270,7 @@ def sound(body: bytes) -> bool:
 @given(body=damaged_bodies())
 @example(body=b"")
 @example(body=msgpack.packb(["x", ["s"], [[2, 0, "1"]]]))
+@example(body=msgpack.packb(["x", ["other"], [[2, 0, "1"]]]))
 @example(body=msgpack.packb(["x", ["s"], [[3, 0, *["1"] * 7]]]))
 @example(body=msgpack.packb(["x", ["s"], [[2, 0, *["1"] * 6, ["1"]]]]))
 @pytest.mark.parametrize("lost", ["everything", "the lane"])
@@ -284,7 +289,9 @@ def test_a_damaged_batch_is_counted_as_lost_and_the_others_are_sent_again(box: B
     assert [data for data in arrived if data in (b'"a"', b'"c"', b'"d"')] == [b'"a"', b'"c"', b'"d"']
     if not sound(body):
         assert len(arrived) == 3
-        assert box.value("SELECT batches_lost FROM outbox_relay") == 1
+        # A batch whose head says that it has nothing of the lane is not looked at for its sake.
+        counts = lost == "everything" or may_touch(body, ["s"])
+        assert box.value("SELECT batches_lost FROM outbox_relay") == counts
 
 
 # -- settings ---------------------------------------------------------------------------------------------
