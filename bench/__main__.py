@@ -71,21 +71,23 @@ def main() -> int:
     parser.add_argument("--kept", action="store_true", help="run nothing, show what was found last")
     options = parser.parse_args()
     failed: list[str] = []
-    goals: dict[str, Goal] = {}  # by what they are of; the newest counts
+    goals: list[Goal] = []
     charts: dict[str, Chart] = {}
     for name in options.only:
         paths = newest_kept(name) if options.kept else run(name, options.full)
         if not paths:
             failed.append(name)
-        for result in (result for path in paths for result in read(path)):
-            goals |= {row["goal"]: row for row in result["goals"]}
-            charts |= {chart["file"]: chart for chart in result.get("charts", ())}
+        for results in map(read, paths):  # what is of the same is replaced by the newest
+            rows = [row for result in results for row in result["goals"]]
+            names = {row["goal"] for row in rows}
+            goals = [row for row in goals if row["goal"] not in names] + rows
+            charts |= {chart["file"]: chart for result in results for chart in result.get("charts", ())}
     for chart in charts.values() if options.kept else ():
         show(chart)
     console.rule("all")
-    show_goals([*goals.values()])
+    show_goals(goals)
     if options.only == list(BENCHMARKS):
-        show_summary([*goals.values()])
+        show_summary(goals)
     if failed:
         console.print(f"no figures of: {', '.join(failed)}")
     return 1 if failed else 0

@@ -32,6 +32,7 @@ from sqlalchemy import make_url
 
 import outbox
 from outbox import migrate, testing
+from outbox.measure import NEW_ID
 from outbox.relay import Relay
 from outbox.settings import Settings
 
@@ -41,11 +42,6 @@ LANES = (STREAM, STREAM + ":backfill")
 STATE = "outbox_bench"  # the relay's key in Redis begins with it
 SOURCE = "bench"
 PACKAGES = ("outbox-relay", "SQLAlchemy", "psycopg", "redis", "hiredis", "msgpack")
-# An id as `publish` makes it, of UUID version 7: a random one, with the time in place of its first 48 bits.
-NEW_ID = """encode(set_bit(set_bit(overlay(
-    uuid_send(gen_random_uuid())
-    PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1
-), 52, 1), 53, 1), 'hex')::uuid"""
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
 RESULTS = Path(__file__).parent / "results"
 

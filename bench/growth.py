@@ -300,9 +300,11 @@ def main() -> int:
         bench.warm_up()
         results = []
         for name, measure in MEASURES.items():
+            if options.only not in (None, name):
+                continue
             if name == "persistence" and not servers.own_redis:
                 console.print("\npersistence is left out: this Redis is somebody's, and is not configured")
-            elif options.only in (None, name):
+            else:
                 console.print(f"\nrate against {name}, {options.runs} runs of each point")
                 arguments = (options.backlogs, options.runs) if name == "backlog" else (options.runs,)
                 results.append(measure(bench, *arguments))

@@ -85,8 +85,8 @@ def held_snapshot(bench: BacklogBench, events: int, runs: int, control_runs: int
         "what": f"a held snapshot, {events:,} events",
         "goals": [
             goal("relay, a snapshot held / not", ratios_of(found, "relay, held", "relay"), at_least=0.9),
-            # The control: what the relay must keep, its claim must lose.
-            goal("loop, a snapshot held / not", ratios_of(control, "loop, held", "loop"), at_most=0.9),
+            # The control: its claim must lose far more than the relay may, or the snapshot does nothing.
+            goal("loop, a snapshot held / not", ratios_of(control, "loop, held", "loop"), at_most=0.5),
         ],
         "runs": as_dicts(found | control),
     }

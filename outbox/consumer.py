@@ -426,7 +426,7 @@ class _Core:
         try:
             if await do(groups):
                 return min(seconds, 0.1)  # there may be more
-        except GroupMissing:  # the workers create it
+        except GroupMissing:  # until a worker has begun
             return min(seconds, 1.0)
         except OutboxError as error:
             log.warning("%s", error, extra={"action": "keeper_failed"})
@@ -460,9 +460,14 @@ class _Core:
         return bool(claimed)
 
     async def _tidy_once(self, groups: Groups) -> bool:
-        """Remove consumers that are dead, and old rows of the inbox."""
-        await groups.forget(idle_seconds=10 * self._idle_seconds)
-        await self._purge(groups)
+        """Remove consumers that are dead, and old rows of the inbox; return False: there is no hurry."""
+        try:
+            await groups.forget(idle_seconds=10 * self._idle_seconds)
+            await self._purge(groups)
+        except GroupMissing:
+            raise
+        except OutboxError as error:
+            log.warning("%s", error, extra={"action": "tidying_failed"})
         return False
 
     async def _claim(self, groups: Groups, lane: str) -> int:
@@ -568,10 +573,6 @@ class Worker:
         self._done_since = float("inf")
         self._newest: list[Any] = []
         self._seconds = PREFETCH_SECONDS  # that handling an event takes
-        self._interrupted = (
-            "",
-            0,
-        )  # the last entry whose handler PostgreSQL has ended, and how often in a row
         self.counts = Counter(dict.fromkeys(OUTCOMES, 0))  # never a new one, as others look at them
         core._counts.append(self.counts)
 
@@ -589,11 +590,15 @@ class Worker:
                 if not isinstance(taken, Entry):
                     self._not_ours(entry, taken)
                     return 1
+                taken.interrupted = entry.interrupted
                 entry = taken
             await self._core._handle(self, entry)
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
         except Interrupted:
-            self._hand.put_back(entry, self._after_interruption(entry))
+            # It may be what ends the connection each time: from the second on, others pass it.
+            times, entry.interrupted = entry.interrupted, entry.interrupted + 1
+            at = time.monotonic() + backoff_seconds(times, *self._core._backoff) if times else 0.0
+            self._hand.put_back(entry, at)
             raise
         except Unavailable:
             self._hand.put_back(entry)
@@ -602,13 +607,6 @@ class Worker:
             self._hand.retry(entry, time.monotonic() + self._core._backoff[0])
             raise
         return 1
-
-    def _after_interruption(self, entry: Entry) -> float:
-        """Return when to handle an entry again. It may be what ends the connection each time: then others pass it."""
-        id_, times = self._interrupted
-        times = times + 1 if id_ == entry.id else 0
-        self._interrupted = (entry.id, times)
-        return time.monotonic() + backoff_seconds(times, *self._core._backoff) if times else 0.0
 
     async def wait(self) -> None:
         """Block until there is something in a lane, or to try again; not for long, as stop must be heard."""

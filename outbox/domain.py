@@ -48,7 +48,8 @@ class _Commands:
     def handles(self, command: type) -> Callable[[H], H]:
         """Make the decorated function the handler of a class of commands: `handler(command, session)`.
 
-        Raises InvalidCommand when there is one already, or for a coroutine function where none would be awaited.
+        Raises InvalidCommand when there is one already, or for a function that this domain cannot run: one of asyncio's
+        handlers are coroutine functions, the other's are none.
         """
 
         def register(handler: H) -> H:

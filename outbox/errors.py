@@ -16,7 +16,7 @@ class InvalidPriority(InvalidEvent):
 
 
 class InvalidCommand(OutboxError, TypeError):
-    """Raised when a domain has no handler for a command, or is given a second one."""
+    """Raised when a domain has no handler for a command, or is given a second one, or one that it cannot run."""
 
 
 class InvalidHandler(OutboxError, TypeError):

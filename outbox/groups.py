@@ -139,7 +139,8 @@ class GroupMissing(RedisUnavailable):
 class Entry:
     """An entry that was given to this consumer, for the `deliveries`-th time; 0: it is to be delivered once more.
 
-    `since`: a time of the monotonic clock just before its delivery.
+    `since`: a time of the monotonic clock just before its delivery. `interrupted`: how often PostgreSQL has ended its
+    handler.
     """
 
     lane: str
@@ -147,6 +148,7 @@ class Entry:
     fields: dict[bytes, bytes]
     deliveries: int
     since: float = 0.0
+    interrupted: int = 0
 
 
 class Found(NamedTuple):
@@ -322,7 +324,7 @@ class Groups(Connection):
         if self._asked_at is None:
             await settled(self._ahead.disconnect())  # an idle one might be found dead when it is needed again
         # Redis answers before the client gives up, which a URL may want soon; 0 would block for ever.
-        timeout = self._redis.connection_pool.connection_kwargs["socket_timeout"] or seconds
+        timeout = self._redis.connection_pool.connection_kwargs["socket_timeout"]
         milliseconds = max(1, int(min(seconds, timeout / 2) * 1000))
         await self._run("XREAD", "COUNT", 1, "BLOCK", milliseconds, "STREAMS", *self.lanes, *newest)
 

@@ -122,7 +122,9 @@ def _note(group: str) -> Select[tuple[bool, bool]]:
     return select(ours.c.ours, exists(select(noted.c.event_id)))
 
 
-HANDLING = "outbox.handling"  # key in `session.info`
+HANDLING = (
+    "_outbox_handling"  # key in a session's __dict__: `info` is the service's, and may be copied or cleared
+)
 
 
 @contextmanager
@@ -130,11 +132,11 @@ def _only_we_commit(session: Any) -> Iterator[None]:
     """Refuse a handler's own commit or rollback: the inbox's row would part from the rest of its effects."""
     session = getattr(session, "sync_session", session)
     transaction = session.get_transaction()
-    session.info[HANDLING] = True
+    vars(session)[HANDLING] = True
     try:
         yield
     finally:
-        session.info.pop(HANDLING, None)  # the handler may have cleared it
+        del vars(session)[HANDLING]
     if session.get_transaction() is not transaction:
         raise InvalidHandler(
             "a handler has rolled back the session that its consumer commits: use begin_nested()"
@@ -164,7 +166,7 @@ async def _refuse_failed(session: Any) -> None:
 
 @event.listens_for(Session, "before_commit")
 def _refuse_commit(session: Session) -> None:
-    if session.info.get(HANDLING) and not session.in_nested_transaction():
+    if HANDLING in vars(session) and not session.in_nested_transaction():
         raise InvalidHandler("a handler must not commit its session: its consumer does, with the inbox's row")
 
 

@@ -51,16 +51,17 @@ SINGLE_COMMITS, PAUSE_SECONDS = 200, 0.02
 PATIENCE_SECONDS = 10
 ENTRY_BYTES = 400  # of Redis' memory, beside the payload
 
-# Mixed priorities and 10,007 keys; ids as `publish` makes them: a random UUID, with the time in its first 48 bits.
-FILL: LiteralString = """
-INSERT INTO {schema}.outbox (event_id, stream, type, key, priority, payload)
-SELECT encode(set_bit(set_bit(overlay(
-           uuid_send(gen_random_uuid())
-           PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1
-       ), 52, 1), 53, 1), 'hex')::uuid,
-       %(stream)s, 'Measured', 'key-' || n %% 10007, (ARRAY[-100, -50, 0, 50, 100])[1 + n %% 5],
-       (head || left(repeat(md5(n::text), %(bytes)s / 32 + 1), %(bytes)s - length(head) - 2) || '"}}')::json
-FROM (SELECT n, '{{"n": ' || n || ', "text": "' AS head
+# An id as `publish` makes it, of UUID version 7: a random one, with the time in place of its first 48 bits.
+NEW_ID: LiteralString = """encode(set_bit(set_bit(overlay(
+    uuid_send(gen_random_uuid())
+    PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1
+), 52, 1), 53, 1), 'hex')::uuid"""
+# Mixed priorities and 10,007 keys.
+FILL: LiteralString = f"""
+INSERT INTO {{schema}}.outbox (event_id, stream, type, key, priority, payload)
+SELECT {NEW_ID}, %(stream)s, 'Measured', 'key-' || n %% 10007, (ARRAY[-100, -50, 0, 50, 100])[1 + n %% 5],
+       (head || left(repeat(md5(n::text), %(bytes)s / 32 + 1), %(bytes)s - length(head) - 2) || '"}}}}')::json
+FROM (SELECT n, '{{{{"n": ' || n || ', "text": "' AS head
       FROM generate_series(%(first)s::int, %(last)s::int) AS n) AS made
 """
 

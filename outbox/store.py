@@ -63,6 +63,7 @@ BEGIN: LiteralString = """
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL idle_in_transaction_session_timeout = {idle_ms};
 SET LOCAL statement_timeout = {statement_ms};
+SET LOCAL client_connection_check_interval = {check_ms};
 SET LOCAL tcp_user_timeout = {idle_ms};
 SET LOCAL TimeZone = 'UTC';
 SET LOCAL DateStyle = 'ISO';
@@ -365,6 +366,7 @@ class Store:
         self._schema = schema
         self._idle_ms = max(100, int(takeover_seconds * 600))
         self._statement_ms = max(30_000, 6 * self._idle_ms)
+        self._check_ms = 0  # not every server can look, in a statement, whether its client is there still
         self._connection: psycopg.Connection | None = None
         self._spare: psycopg.Connection | None = None  # has the transaction of the next step, or none
         self._ahead: NextStep | None = None
@@ -719,6 +721,7 @@ class Store:
                 size=sql.SQL(SIZE),
                 idle_ms=sql.Literal(self._idle_ms),
                 statement_ms=sql.Literal(self._statement_ms),
+                check_ms=sql.Literal(self._check_ms),
                 ahead_ms=sql.Literal(self._idle_ms // 3),
             )
             self._statements[query, due] = composed.as_bytes()  # as the driver would at each execution
@@ -746,8 +749,10 @@ class Store:
         except psycopg.Error as error:
             self.close()
             if isinstance(error, pg.QueryCanceled):
-                # A claim from the top passes all dead rows that a snapshot holds: the next one may take longer.
+                # A claim from the top passes all dead rows that a snapshot holds: the next one may take longer, but
+                # not keep the lock for as long when this process is killed meanwhile.
                 self._statement_ms = min(2 * self._statement_ms, LONGEST_STATEMENT_MS)
+                self._check_ms = self._idle_ms
                 self._statements.clear()
             error.args = (first_line(error),)  # in a traceback, too
             raise DatabaseUnavailable(f"PostgreSQL: {error}") from error

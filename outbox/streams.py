@@ -49,6 +49,7 @@ SERVER_STATES = (
 )  # fmt: skip
 
 KEPT = 64  # batches of which Redis remembers what is in them
+HEAD_BYTES = 1 << 16  # of a body, where its source and lanes are; one whose head is longer is read as a whole
 MARK = re.compile("(-?[0-9]{1,19}):([0-9a-f]{16})")
 
 HEAD = """
@@ -649,8 +650,8 @@ def decode(body: bytes) -> tuple[Batch, list[Waiting]]:
 def may_touch(body: bytes, lanes: Iterable[str]) -> bool:
     """Return whether a journal's body may have events of these lanes, by its head: one that cannot be read may."""
     unpacker = msgpack.Unpacker()
-    unpacker.feed(body)
     try:
+        unpacker.feed(body[:HEAD_BYTES])  # it takes no more than 100 MiB
         parts, source, found = unpacker.read_array_header(), unpacker.unpack(), unpacker.unpack()
         if parts != 3 or not all(isinstance(name, str) for name in (source, *found)):
             return True

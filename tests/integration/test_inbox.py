@@ -1,5 +1,6 @@
 """The inbox: an event that comes twice takes effect once, in each kind of consumer."""
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -243,6 +244,76 @@ def test_a_handler_that_ends_its_connection_each_time_lets_others_pass(bank):
     wait_until(b_is_handled)
     assert bank.handled[:3] == ["a", "a", "b"]
     assert bank.pending()["a"] == 1
+
+
+def test_the_pause_of_a_handler_that_ends_its_connection_grows_though_it_is_not_the_only_one(
+    bank, monkeypatch
+):
+    times = []
+    monkeypatch.setattr("outbox.consumer.backoff_seconds", lambda n, *_: times.append(n) or 0.1)
+
+    def act(event, session) -> None:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
+        bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        session.execute(text("SELECT 1"))
+
+    made = bank.consumer(act, inbox=True)
+    bank.add("a")
+    bank.add("b")
+
+    def has_grown() -> bool:
+        with suppress(DatabaseUnavailable):
+            made.run_once()
+        return times.count(3) == 2
+
+    wait_until(has_grown)
+    assert sorted(times)[:4] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("state", ["53100", "53300"])
+def test_a_server_that_is_full_is_no_failure(bank, state):
+    """Of its disk, of its connections."""
+    errors = [state]
+
+    def act(event, session) -> None:
+        if errors:
+            session.execute(
+                text(f"DO $$ BEGIN RAISE EXCEPTION 'full' USING ERRCODE = '{errors.pop()}'; END $$")
+            )
+
+    made = bank.consumer(act, inbox=True, max_deliveries=1)
+    bank.add("a")
+    with pytest.raises(DatabaseUnavailable, match="full"):
+        made.run_once()
+    assert made.drain() == 1
+    assert (bank.effects(), bank.dead()) == (["a"], [])
+
+
+def test_what_a_handler_does_to_the_info_of_its_session_changes_nothing(bank):
+    def act(event, session) -> None:
+        session.info.clear()
+        session.commit()
+
+    made = bank.consumer(act, inbox=True, max_deliveries=1)
+    bank.add("a")
+    assert made.drain() == 1
+    assert (bank.effects(), noted(bank)) == ([], [])
+    assert "must not commit" in bank.dead()[0]["dlq:error"]
+
+
+def test_a_purge_that_postgresql_refuses_is_tried_again_after_a_minute(bank, monkeypatch, caplog):
+    async def refused(self, before, is_enough):
+        raise DatabaseUnavailable("permission denied")
+
+    monkeypatch.setattr("outbox.inbox.Inbox.purge", refused)
+    made = bank.consumer(inbox=True, claim_idle=timedelta(milliseconds=100))
+    with made.running():
+        bank.add("a")
+        wait_until(lambda: bank.effects() == ["a"])
+        wait_until(lambda: made.it._hand.renewed_at > time.monotonic() - 0.01)  # the keeper goes on
+        bank.sql.execute("SELECT pg_sleep(1.1)")
+    failures = [record for record in caplog.records if getattr(record, "action", "") == "tidying_failed"]
+    assert len(failures) == 1
 
 
 @pytest.mark.parametrize("state", ["53200", "53400"])

@@ -12,7 +12,7 @@ from outbox.errors import RedisUnavailable, Unavailable
 from outbox.event import Waiting
 from outbox.lanes import Lanes
 from outbox.store import Store
-from outbox.streams import decode, encode, faults
+from outbox.streams import decode, encode, faults, may_touch
 from tests.integration.box import Box, after, before
 
 # -- encode and decode ------------------------------------------------------------------------------------
@@ -254,6 +254,14 @@ def test_filling_a_lane_stops_though_the_journal_has_nothing_more_of_it(box):
     before(relay._store, "journal_after", lambda: reads.append(1), times=9)
     relay.run_once()
     assert len(reads) == 3
+
+
+def test_a_body_of_any_size_tells_whether_it_may_have_events_of_a_lane():
+    event = [2, 0, "1", "0" * 36, "T", "2026-01-31T12:00:00Z", "0", "x" * (101 << 20), None]
+    body = msgpack.packb(["source", ["s"], [event]])
+    assert [may_touch(body, [lane]) for lane in ("s", "t")] == [True, False]
+    long = msgpack.packb(["source", [f"lane:{n}" for n in range(10_000)], []])
+    assert may_touch(long, ["t"])  # its head is not read to its end
 
 
 # -- rights ------------------------------------------------------------------------------------------------
