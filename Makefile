@@ -58,7 +58,7 @@ faults-long: $(READY) ## the same, with all the times, in hours
 soak: $(READY) ## mixed faults at 300 events a second for half an hour, while nothing may grow; SOAK='--minutes 5'
 	@$(BIN)/python -m tests.faults.soak $(SOAK)
 
-bench: $(VENV)/.bench-ready ## each figure of the speed beside its goal, in a quarter of an hour; BENCH='--full', BENCH='--only relay'
+bench: $(VENV)/.bench-ready ## each figure of the speed beside its goal, in fifteen to forty minutes; BENCH='--full', BENCH='--only relay'
 	@$(BIN)/python bench $(BENCH)
 
 clean: ## remove what make has made

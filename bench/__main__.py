@@ -1,6 +1,6 @@
 """Run all benchmarks, and print each figure beside its goal.
 
-    python bench                     in a quarter of an hour, or some more
+    python bench                     in fifteen to forty minutes, by the machine
     python bench --full              from the backlogs that the goals name, in some hours
     python bench --only relay        one of them
     python bench --kept              nothing: show the newest figures of `bench/results/`

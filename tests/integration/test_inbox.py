@@ -203,6 +203,13 @@ def test_without_its_key_the_inbox_could_tell_nothing_apart_and_is_not_used(bank
 # -- PostgreSQL is away -----------------------------------------------------------------------------------
 
 
+def end_connection(bank: Bank, session) -> None:
+    """Have PostgreSQL end the connection of a handler's session, and the handler meet it."""
+    pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
+    bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+    session.execute(text("SELECT 1"))
+
+
 def test_a_connection_that_is_lost_in_a_handler_is_no_failure(bank):
     """What the handler has done is undone with it, and the event keeps its deliveries."""
     deliveries = []
@@ -210,9 +217,7 @@ def test_a_connection_that_is_lost_in_a_handler_is_no_failure(bank):
     def act(event, session) -> None:
         deliveries.append(event.deliveries)
         if len(deliveries) < 3:
-            pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
-            bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
-            session.execute(text("SELECT 1"))
+            end_connection(bank, session)
 
     made = bank.consumer(act, inbox=True, max_deliveries=1)
     bank.add("a")
@@ -228,9 +233,7 @@ def test_a_handler_that_ends_its_connection_each_time_lets_others_pass(bank):
 
     def act(event, session) -> None:
         if event.data == "a":
-            pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
-            bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
-            session.execute(text("SELECT 1"))
+            end_connection(bank, session)
 
     made = bank.consumer(act, inbox=True)
     bank.add("a")
@@ -253,9 +256,7 @@ def test_the_pause_of_a_handler_that_ends_its_connection_grows_though_it_is_not_
     monkeypatch.setattr("outbox.consumer.backoff_seconds", lambda n, *_: times.append(n) or 0.1)
 
     def act(event, session) -> None:
-        pid = session.execute(text("SELECT pg_backend_pid()")).scalar()
-        bank.sql.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
-        session.execute(text("SELECT 1"))
+        end_connection(bank, session)
 
     made = bank.consumer(act, inbox=True)
     bank.add("a")
