@@ -534,7 +534,7 @@ class _Core:
     async def _leave(self) -> None:
         """Remove this consumer from the group, where nothing is pending for it."""
         with suppress(OutboxError):
-            await self._first.forget(self.name)
+            await self._first.forget()
         if self._single:
             await self._single.close()
         await self._first.close()

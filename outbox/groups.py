@@ -113,15 +113,16 @@ for i = 3, #ARGV do
 end
 return {gone, lost}
 """
-# Removes consumers that have nothing pending: the one that is named, or ('') all that were idle for so long.
-# ARGV: group, consumer, idle milliseconds.
+# Removes consumers that have nothing pending: the one that is named, or all others that were idle for so long.
+# ARGV: group, consumer, idle milliseconds, or none.
 FORGET = """
 for _, lane in ipairs(KEYS) do
     local consumers = redis.pcall('XINFO', 'CONSUMERS', lane, ARGV[1])
     for _, info in ipairs(consumers.err and {} or consumers) do
         local found = {}
         for i = 1, #info, 2 do found[info[i]] = info[i + 1] end
-        local meant = found.name == ARGV[2] or (ARGV[2] == '' and found.idle >= tonumber(ARGV[3]))
+        local meant = found.name == ARGV[2]
+        if ARGV[3] then meant = not meant and found.idle >= tonumber(ARGV[3]) end
         if meant and found.pending == 0 then
             redis.call('XGROUP', 'DELCONSUMER', lane, ARGV[1], found.name)
         end
@@ -386,9 +387,10 @@ class Groups(Connection):
         gone = answer[2] if len(answer) > 2 else ()  # before Redis 7, `take` finds them
         return Claimed(_text(answer[0]), [_text(id_) for id_ in answer[1]], [_text(id_) for id_ in gone])
 
-    async def forget(self, consumer: str = "", idle_seconds: float = 0) -> None:
-        """Remove this consumer, or all that were silent for so long, where nothing is pending for them."""
-        await self._script(FORGET, self.lanes, self._group, consumer, int(idle_seconds * 1000))
+    async def forget(self, idle_seconds: float | None = None) -> None:
+        """Remove this consumer, or all others that were silent for so long, where nothing is pending for them."""
+        idle = () if idle_seconds is None else (int(idle_seconds * 1000),)
+        await self._script(FORGET, self.lanes, self._group, self._consumer, *idle)
 
     async def oldest_ms(self) -> int | None:
         """Return when the oldest entry of all lanes was published, in Unix milliseconds, or None."""
