@@ -375,7 +375,7 @@ def show_runs(what: str, found: dict[str, list[Run]]) -> None:
     console.print(table)
 
 
-def ratios_of(found: dict[str, list[Run]], ours: str, other: str) -> list[float]:
+def ratios_of(found: dict[X, list[Run]], ours: X, other: X) -> list[float]:
     """Return the ratio of each pair of runs, of which the second followed the first."""
     return [one.rate / two.rate for one, two in zip(found[ours], found[other], strict=True)]
 

@@ -39,6 +39,7 @@ from common import (
     goal,
     line,
     parser_of,
+    ratios_of,
     receive,
     relay_daemon,
     run_command,
@@ -69,7 +70,7 @@ def backlogs(bench: BacklogBench, sizes: Sequence[int], runs: int) -> dict[str, 
     goals = [
         goal(
             f"rate at a backlog of {size:,} / of {best:,}",
-            [one.rate / other.rate for one, other in zip(found[size], found[best], strict=True)],
+            ratios_of(found, size, best),
             at_least=0.9,
         )
         for size in sizes
@@ -167,7 +168,7 @@ def persistence(bench: BacklogBench, runs: int) -> dict[str, Any]:
     goals = [
         goal(
             f"rate with Redis' append-only file, flushed {when} / without one",
-            [one.rate / other.rate for one, other in zip(found[when], found[NO_FILE], strict=True)],
+            ratios_of(found, when, NO_FILE),
         )
         for when in PERSISTENCE
         if when != NO_FILE

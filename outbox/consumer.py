@@ -23,7 +23,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -65,6 +64,7 @@ from outbox.loop import (
     Stop,
     backoff_seconds,
     finish,
+    is_of_asyncio,
     makes_coroutines,
     settled,
     stop_on_signals,
@@ -104,6 +104,8 @@ class Handler(NamedTuple):
 # The handlers of an event; with each, what decodes the data for it, and then the data.
 Takers = list[tuple[Callable[..., Any], Callable[[bytes], Any]]]
 Calls = list[tuple[Callable[..., Any], Any]]
+# What is done now and then; true: there is more to do at once.
+Chore = Callable[[Groups], Coroutine[Any, Any, bool | None]]
 
 
 class _Core:
@@ -158,10 +160,8 @@ class _Core:
         self._handlers: list[Handler] = []
         self._kinds: dict[tuple[str, bytes | None, bytes | None], tuple[Kind, Takers]] = {}
         self._hand = Hand(self._idle_seconds, lambda lane: lane in self._primary)
-        self._keep_again, self._tidy_again = (
-            Every(self._idle_seconds / 3),
-            Every(TIDY_SECONDS),
-        )  # of `run_once`
+        # Of `run_once`.
+        self._keep_again, self._tidy_again = Every(self._idle_seconds / 3), Every(TIDY_SECONDS)
         self._say_full_again = Every(60)
         self._claim_from = dict.fromkeys(self._stream_of, "0-0")
         self._begun = False
@@ -410,7 +410,7 @@ class _Core:
 
     # -- the keeper, and who tidies up ---------------------------------------------------------------------
 
-    async def _regularly(self, seconds: float, do: Callable[[Groups], Coroutine[Any, Any, bool]]) -> None:
+    async def _regularly(self, seconds: float, do: Chore) -> None:
         """Do something every so often, on a connection of its own, until the workers have ended."""
         groups = self._groups()
         try:
@@ -419,9 +419,7 @@ class _Core:
         finally:
             await groups.close()
 
-    async def _do_or_log(
-        self, groups: Groups, seconds: float, do: Callable[[Groups], Coroutine[Any, Any, bool]]
-    ) -> float:
+    async def _do_or_log(self, groups: Groups, seconds: float, do: Chore) -> float:
         """Do it once, whatever happens; return the seconds until the next time."""
         try:
             if await do(groups):
@@ -459,16 +457,13 @@ class _Core:
                 claimed += await self._claim(groups, lane)
         return bool(claimed)
 
-    async def _tidy_once(self, groups: Groups) -> bool:
-        """Remove consumers that are dead, and old rows of the inbox; return False: there is no hurry."""
+    async def _tidy_once(self, groups: Groups) -> None:
+        """Remove consumers that are dead, and old rows of the inbox. What fails is not urgent: it has its next time."""
         try:
             await groups.forget(idle_seconds=10 * self._idle_seconds)
             await self._purge(groups)
-        except GroupMissing:
-            raise
         except OutboxError as error:
             log.warning("%s", error, extra={"action": "tidying_failed"})
-        return False
 
     async def _claim(self, groups: Groups, lane: str) -> int:
         """Take up what consumers that are dead or frozen have left in a lane; return how many entries."""
@@ -713,7 +708,7 @@ class Consumer(_Core):
     """
 
     def __new__(cls, redis_url: str, **arguments: Any) -> Any:
-        if _is_async(arguments.get("sessions")):
+        if is_of_asyncio(arguments.get("sessions"), "async_sessionmaker", "async_scoped_session"):
             return AsyncConsumer(redis_url, **arguments)
         return super().__new__(cls)
 
@@ -844,14 +839,6 @@ class AsyncConsumer(_Core):
 
     async def _settle(self, worker: Worker, result: Any) -> None:
         await result
-
-
-def _is_async(sessions: object) -> bool:
-    """Return whether this makes AsyncSessions; does not import what a blocking service has no need of."""
-    module = sys.modules.get("sqlalchemy.ext.asyncio")
-    return module is not None and isinstance(
-        sessions, (module.async_sessionmaker, module.async_scoped_session)
-    )
 
 
 def _unique_name() -> str:

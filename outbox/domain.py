@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.orm import Session, sessionmaker
 
 from outbox.errors import InvalidCommand, InvalidSetting, RolledBack
-from outbox.loop import makes_coroutines
+from outbox.loop import is_of_asyncio, makes_coroutines
 from outbox.priority import processing_priority
 
 if TYPE_CHECKING:  # it needs greenlet, which a synchronous service has no need of
@@ -40,6 +39,8 @@ class _Running:
 class _Commands:
     """The handlers by the class of their command, and the transaction that is open in this context."""
 
+    _asynchronous = False
+
     def __init__(self, sessions: Any) -> None:
         self._sessions = sessions
         self._handlers: dict[type, Callable[..., Any]] = {}
@@ -63,6 +64,13 @@ class _Commands:
 
     def _check(self, handler: Callable[..., Any]) -> None:
         """Refuse a function that this domain cannot run."""
+        if makes_coroutines(handler) is not self._asynchronous:
+            fault = (
+                "no `async def`, which a domain of an async_sessionmaker awaits"
+                if self._asynchronous
+                else "an `async def`, which a domain of a sessionmaker does not await"
+            )
+            raise InvalidCommand(f"{handler!r} is {fault}")
 
     def _handler(self, command: object) -> Callable[..., Any]:
         try:
@@ -86,8 +94,7 @@ class Domain(_Commands):
     def __new__(cls, sessions: sessionmaker[Session] | async_sessionmaker[Any]) -> Any:
         if isinstance(sessions, sessionmaker):
             return super().__new__(cls)
-        asynchronous = sys.modules.get("sqlalchemy.ext.asyncio")
-        if asynchronous and isinstance(sessions, asynchronous.async_sessionmaker):
+        if is_of_asyncio(sessions, "async_sessionmaker"):
             return AsyncDomain(sessions)
         raise InvalidSetting(
             f"sessions: a sessionmaker or async_sessionmaker is needed, not {type(sessions).__name__}"
@@ -95,12 +102,6 @@ class Domain(_Commands):
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
         super().__init__(sessions)
-
-    def _check(self, handler: Callable[..., Any]) -> None:
-        if makes_coroutines(handler):
-            raise InvalidCommand(
-                f"{handler!r} is an `async def`, which a domain of a sessionmaker does not await"
-            )
 
     def process(self, command: object, *, priority: int | None = None) -> Any:
         """Run the command's handler and commit; return what it returned. Inside another command, join it.
@@ -131,11 +132,7 @@ class Domain(_Commands):
 class AsyncDomain(_Commands):
     """Domain for `async_sessionmaker`: handlers are coroutine functions, and `process` is awaited."""
 
-    def _check(self, handler: Callable[..., Any]) -> None:
-        if not makes_coroutines(handler):
-            raise InvalidCommand(
-                f"{handler!r} is no `async def`, which a domain of an async_sessionmaker awaits"
-            )
+    _asynchronous = True
 
     async def process(self, command: object, *, priority: int | None = None) -> Any:
         """Run the command's handler and commit; see `Domain.process`. Another task has its own transaction."""

@@ -624,7 +624,6 @@ def _validator(cls: Any) -> Callable[[bytes], Any]:
 
     Until pydantic 2.11, a model with aliases has to allow that itself (`populate_by_name`).
     """
-    validate = cls.model_validate_json
-    if "by_name" in inspect.signature(validate).parameters:
-        return partial(validate, by_alias=True, by_name=True)
-    return partial(validate)
+    validate: Callable[..., Any] = cls.model_validate_json
+    names = {"by_alias": True, "by_name": True}
+    return partial(validate, **names) if "by_name" in inspect.signature(validate).parameters else validate

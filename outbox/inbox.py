@@ -122,9 +122,8 @@ def _note(group: str) -> Select[tuple[bool, bool]]:
     return select(ours.c.ours, exists(select(noted.c.event_id)))
 
 
-HANDLING = (
-    "_outbox_handling"  # key in a session's __dict__: `info` is the service's, and may be copied or cleared
-)
+# A key in a session's __dict__: `info` is the service's, and may be copied or cleared.
+HANDLING = "_outbox_handling"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import random
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -154,6 +155,12 @@ class Every:
     def restart(self, seconds: float) -> None:
         """Be due after `seconds`, and then every `seconds`: with 0 always, with inf never."""
         self._seconds, self._next = seconds, time.monotonic() + seconds
+
+
+def is_of_asyncio(sessions: object, *classes: str) -> bool:
+    """Return whether this is one of SQLAlchemy's for asyncio, which a blocking service need not have imported."""
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return module is not None and isinstance(sessions, tuple(getattr(module, name) for name in classes))
 
 
 def makes_coroutines(function: object) -> bool:

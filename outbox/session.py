@@ -49,14 +49,12 @@ from outbox.tables import outbox
 
 S = TypeVar("S")
 
-RECORDER = (
-    "_outbox_recorder"  # key in a session's __dict__: `info` is the service's, and may be copied or cleared
-)
+# A key in a session's __dict__: `info` is the service's, and may be copied or cleared.
+RECORDER = "_outbox_recorder"
 OWN = "_outbox_own"  # key in an aggregate's __dict__
 PAGE = 1000  # events that one statement inserts
-PAGE_BYTES = (
-    64 << 20
-)  # of payload and headers, after which it takes no more; PostgreSQL's messages end at 1 GB
+# Of payload and headers, after which it takes no more; PostgreSQL's messages end at 1 GB.
+PAGE_BYTES = 64 << 20
 
 
 def publish(

@@ -1,7 +1,7 @@
 """The inbox: an event that comes twice takes effect once, in each kind of consumer."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -16,7 +16,7 @@ from sqlalchemy.orm import sessionmaker
 from outbox import Consumer, Retry
 from outbox.errors import DatabaseUnavailable
 from outbox.groups import Groups
-from tests.integration.bank import KINDS, Bank, entry, wait_until
+from tests.integration.bank import KINDS, Bank, Made, entry, wait_until
 
 
 @pytest.fixture(params=KINDS)
@@ -210,6 +210,17 @@ def end_connection(bank: Bank, session) -> None:
     session.execute(text("SELECT 1"))
 
 
+def run_until(made: Made, condition: Callable[[], object]) -> None:
+    """Let a consumer take steps until a condition holds, though PostgreSQL goes away in some."""
+
+    def holds() -> object:
+        with suppress(DatabaseUnavailable):
+            made.run_once()
+        return condition()
+
+    wait_until(holds)
+
+
 def test_a_connection_that_is_lost_in_a_handler_is_no_failure(bank):
     """What the handler has done is undone with it, and the event keeps its deliveries."""
     deliveries = []
@@ -238,13 +249,7 @@ def test_a_handler_that_ends_its_connection_each_time_lets_others_pass(bank):
     made = bank.consumer(act, inbox=True)
     bank.add("a")
     bank.add("b")
-
-    def b_is_handled() -> bool:
-        with suppress(DatabaseUnavailable):
-            made.run_once()
-        return bank.effects() == ["b"]
-
-    wait_until(b_is_handled)
+    run_until(made, lambda: bank.effects() == ["b"])
     assert bank.handled[:3] == ["a", "a", "b"]
     assert bank.pending()["a"] == 1
 
@@ -261,13 +266,7 @@ def test_the_pause_of_a_handler_that_ends_its_connection_grows_though_it_is_not_
     made = bank.consumer(act, inbox=True)
     bank.add("a")
     bank.add("b")
-
-    def has_grown() -> bool:
-        with suppress(DatabaseUnavailable):
-            made.run_once()
-        return times.count(3) == 2
-
-    wait_until(has_grown)
+    run_until(made, lambda: times.count(3) == 2)
     assert sorted(times)[:4] == [1, 1, 2, 2]
 
 
@@ -383,14 +382,8 @@ def test_a_handler_that_is_idle_in_its_transaction_for_too_long_has_failed(bank)
 
     made = bank.consumer(act, inbox=True, max_deliveries=1)
     bank.add("a")
-
-    def has_failed() -> object:
-        # Where the connection is reset before the last words of PostgreSQL are read, they are lost, and it comes again.
-        with suppress(DatabaseUnavailable):
-            made.drain()
-        return bank.dead()
-
-    wait_until(has_failed)
+    # Where the connection is reset before the last words of PostgreSQL are read, they are lost, and it comes again.
+    run_until(made, bank.dead)
     assert "IdleInTransactionSessionTimeout" in bank.dead()[0]["dlq:error"]
 
 
