@@ -865,6 +865,15 @@ def test_silent_consumers_are_removed_once_nothing_is_pending_for_them(bank, mon
     assert bank.handled == ["a"]
 
 
+def test_who_removes_silent_consumers_never_removes_itself(bank):
+    bank.add("a")
+    made = bank.consumer(name="me")
+    made.drain()
+    bank.redis.xgroup_createconsumer("s", "g", "empty")
+    made._finish(made.it._first.forget(idle_seconds=0))
+    assert bank.consumers() == {"me"}
+
+
 def test_a_consumer_that_was_heard_of_lately_stays(bank):
     bank.redis.xgroup_create("s", "g", "0", mkstream=True)
     bank.redis.xgroup_createconsumer("s", "g", "empty")
